@@ -1,0 +1,1 @@
+"""ntkadv: the neural tangent kernel theory of adversarial training, in JAX."""

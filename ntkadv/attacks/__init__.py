@@ -1,0 +1,1 @@
+"""Attacks on any JAX callable from images to logits."""

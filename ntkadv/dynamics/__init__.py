@@ -1,0 +1,1 @@
+"""Closed-form training dynamics of infinitely wide networks, with and without attacks."""

@@ -1,0 +1,1 @@
+"""Kernel matrices of an architecture."""
