@@ -10,7 +10,7 @@ import numpy as np
 
 
 def _values(array: Any) -> np.ndarray | None:
-    """The entries on the host, or None for a tracer."""
+    """Fetch the entries to the host; None for a tracer."""
     return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
 
 
@@ -34,7 +34,7 @@ def _is_floating(dtype: np.dtype) -> bool:
 
 
 def require_finite(name: str, array: Any) -> None:
-    """Every entry is finite, or `ValueError` with the place and value of the first that is not."""
+    """Require every entry to be finite; the `ValueError` gives place and value of the first that is not."""
     values = _values(array)
     if values is None:
         return
@@ -42,13 +42,13 @@ def require_finite(name: str, array: Any) -> None:
     if bad.any():
         where = _first(bad)
         raise ValueError(
-            f"{name} must be finite, but {name}{list(where)} is {values[where]} ({int(bad.sum())} of {bad.size} entries "
-            f"are NaN or infinite); find where they come from before going on."
+            f"{name} must be finite, but {name}{list(where)} is {values[where]} ({int(bad.sum())} of {bad.size} "
+            f"entries are NaN or infinite); find where they come from before going on."
         )
 
 
 def require_images(name: str, x: Any) -> None:
-    """A non-empty float array of images (n, h, w, c), finite, with pixels in [0, 1].
+    """Require a non-empty float array of images (n, h, w, c), finite, with pixels in [0, 1].
 
     Raises `TypeError` for anything but a floating array, `ValueError` for the rest.
     """
@@ -80,7 +80,7 @@ def require_images(name: str, x: Any) -> None:
 
 
 def require_labels(name: str, y: Any, num_classes: int) -> None:
-    """A vector (n,) of integer labels in 0 .. num_classes - 1.
+    """Require a vector (n,) of integer labels in 0 .. num_classes - 1.
 
     Raises `TypeError` for anything but an integer array, `ValueError` for the rest.
     """
@@ -103,7 +103,7 @@ def require_labels(name: str, y: Any, num_classes: int) -> None:
 
 
 def require_same_length(**arrays: Any) -> None:
-    """All arrays, given by name, have the same first dimension, or `ValueError` listing each."""
+    """Require the arrays, given by name, to have one length; the `ValueError` lists each."""
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name} has {length}" for name, length in lengths.items())
@@ -111,7 +111,7 @@ def require_same_length(**arrays: Any) -> None:
 
 
 def require_key(name: str, key: Any) -> None:
-    """One random key, as made by `jax.random.key`.
+    """Require one random key, as made by `jax.random.key`.
 
     Raises `TypeError` for anything else (an integer seed, an array of raw bits), `ValueError` for an array of keys.
     """
@@ -123,7 +123,7 @@ def require_key(name: str, key: Any) -> None:
 
 
 def require_int(name: str, value: Any, *, minimum: int) -> None:
-    """An integer (not a bool) of at least `minimum`; `TypeError` or `ValueError` otherwise."""
+    """Require an integer (not a bool) of at least `minimum`; `TypeError` or `ValueError` otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer, got {value!r}; pass a whole number of at least {minimum}.")
     if value < minimum:
@@ -131,7 +131,7 @@ def require_int(name: str, value: Any, *, minimum: int) -> None:
 
 
 def require_nonnegative(name: str, value: Any, *, strict: bool = False) -> None:
-    """A finite number >= 0 (> 0 when `strict`); `TypeError` or `ValueError` otherwise."""
+    """Require a finite number >= 0 (> 0 when `strict`); `TypeError` or `ValueError` otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}); pass a float.")
     if not np.isfinite(value) or value < 0 or (strict and value == 0):
