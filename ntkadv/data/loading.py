@@ -97,7 +97,7 @@ def _integer(name: str, value: int, *, least: int) -> int:
 
 def _digits(n_test: int | None, generator: np.random.Generator) -> tuple[Images, Images]:
     """Draw the test part of the digits, a fifth by default; the rest is the training part."""
-    from sklearn.datasets import load_digits  # here, because it would double the time of importing this package
+    from sklearn.datasets import load_digits  # slow to import, needed by this set only
 
     flat, labels = load_digits(return_X_y=True)
     pixels = flat.reshape(-1, 8, 8, 1)
