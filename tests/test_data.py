@@ -96,8 +96,9 @@ def test_label_noise_reaches_all_other_classes():
         ({"n_val": None}, TypeError, "n_val must be an integer"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"seed": None}, TypeError, "seed must be an integer"),
-        ({"label_noise": 1.0}, ValueError, "label_noise must lie in"),
-        ({"label_noise": float("nan")}, ValueError, "label_noise must lie in"),
+        ({"label_noise": 1.0}, ValueError, "label_noise must be less than 1"),
+        ({"label_noise": -0.1}, ValueError, "label_noise must be finite and not negative"),
+        ({"label_noise": float("nan")}, ValueError, "label_noise must be finite"),
         ({"label_noise": "0.1"}, TypeError, "label_noise must be a number"),
     ],
 )
@@ -118,7 +119,7 @@ def test_targets_are_centred_and_largest_at_the_label(num_classes, n):
 
 @pytest.mark.parametrize("labels", [[0, 3], [-1, 0]])
 def test_targets_of_labels_that_are_no_classes_are_refused(labels):
-    with pytest.raises(ValueError, match=r"labels must hold classes 0\.\.2"):
+    with pytest.raises(ValueError, match=r"labels must lie in 0 \.\. 2"):
         targets(np.array(labels), 3)
 
 
@@ -148,19 +149,19 @@ def test_repeated_images_are_allowed():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x_train": np.full((4, 5, 5, 2), np.nan)}, "x_train has NaN or infinite pixels in 4 images"),
-        ({"x_test": np.full((2, 5, 5, 2), np.inf)}, "x_test has NaN or infinite pixels"),
-        ({"x_train": own()["x_train"] * 255}, r"x_train must lie in \[0, 1\], got \[0, 255\]"),
-        ({"x_train": own()["x_train"] - 0.5}, r"x_train must lie in \[0, 1\], got \[-0.5"),
+        ({"x_train": np.full((4, 5, 5, 2), np.nan)}, "x_train must be finite"),
+        ({"x_test": np.full((2, 5, 5, 2), np.inf)}, "x_test must be finite"),
+        ({"x_train": own()["x_train"] * 255}, r"x_train must have pixels in \[0, 1\], .* 0 to 255"),
+        ({"x_train": own()["x_train"] - 0.5}, r"x_train must have pixels in \[0, 1\], .* -0\.5 to 0\.5"),
         ({"x_train": np.zeros((4, 5, 5, 2), np.int64)}, "x_train must be uint8"),
-        ({"x_train": np.zeros((4, 50))}, "x_train must have axes"),
-        ({"x_test": np.zeros((2, 5, 5, 3))}, r"x_test has images of shape \(5, 5, 3\)"),
-        ({"y_train": np.array([0, 1, 2])}, r"y_train must have shape \(4,\)"),
-        ({"y_train": np.array([[0], [1], [2], [1]])}, r"y_train must have shape \(4,\)"),
-        ({"y_train": np.array([0.0, 1, 2, 1])}, "y_train must hold integer"),
-        ({"y_train": np.array([0, -1, 2, 1])}, "y_train must hold class numbers from 0 up"),
-        ({"y_test": np.array([0, 3]), "num_classes": 3}, r"y_test must hold classes 0\.\.2, got 3"),
-        ({"y_train": np.array([1, 1, 1, 1])}, "y_train holds class 1 only"),
+        ({"x_train": np.zeros((4, 50))}, "x_train must be images of shape"),
+        ({"x_test": np.zeros((2, 5, 5, 3))}, r"x_test must have images like those of x_train, got \(5, 5, 3\)"),
+        ({"y_train": np.array([0, 1, 2])}, "x_train has 4, y_train has 3"),
+        ({"y_train": np.array([[0], [1], [2], [1]])}, "y_train must be a vector"),
+        ({"y_train": np.array([0.0, 1, 2, 1])}, "y_train must be integer labels"),
+        ({"y_train": np.array([0, -1, 2, 1])}, "y_train must lie in 0"),
+        ({"y_test": np.array([0, 3]), "num_classes": 3}, r"y_test must lie in 0 \.\. 2, but y_test\[1\] is 3"),
+        ({"y_train": np.array([1, 1, 1, 1])}, "y_train must hold two classes at least, got class 1"),
         ({"x_train": np.zeros((0, 5, 5, 2)), "y_train": np.zeros(0, int)}, "x_train is empty"),
         ({"x_test": np.zeros((0, 5, 5, 2)), "y_test": np.zeros(0, int)}, "x_test is empty"),
         ({"x_val": np.zeros((1, 5, 5, 2))}, "x_val was given without y_val"),
@@ -169,7 +170,7 @@ def test_repeated_images_are_allowed():
     ],
 )
 def test_bad_arrays_are_named(changes, message, unchecked):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         Dataset.from_arrays(**own(**changes))
 
 
@@ -177,7 +178,7 @@ def test_constructor_refuses_what_only_from_arrays_converts(unchecked):
     good = Dataset.from_arrays(**own())
     fields = {name: getattr(good, name) for name in Dataset.__dataclass_fields__}
     Dataset(**fields)
-    with pytest.raises(ValueError, match="x_train must be float32"):
+    with pytest.raises(TypeError, match="x_train must be float32 and y_train int32, got float64"):
         Dataset(**(fields | {"x_train": good.x_train.astype(np.float64)}))
-    with pytest.raises(ValueError, match="y_train must be int32"):
+    with pytest.raises(TypeError, match="x_train must be float32 and y_train int32, got float32 and int64"):
         Dataset(**(fields | {"y_train": good.y_train.astype(np.int64)}))

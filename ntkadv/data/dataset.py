@@ -1,12 +1,12 @@
 """The data set that everything else takes, and the regression targets made of its labels."""
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from ntkadv._checks import require_images, require_int, require_labels, require_same_length
 from ntkadv._typing import AnyArray
 
 
@@ -19,12 +19,11 @@ def targets(labels: Int[AnyArray, " n"], num_classes: int) -> Float[np.ndarray, 
 
     Raises:
         ValueError: there are fewer than two classes, or a label is not one of 0, ..., num_classes - 1.
+        TypeError: the labels are no integers.
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-    classes = np.asarray(labels)
-    _require_classes("labels", classes, num_classes)
-    one_hot = classes[:, None] == np.arange(num_classes)
+    require_int("num_classes", num_classes, minimum=2)
+    require_labels("labels", labels, num_classes)
+    one_hot = np.asarray(labels)[:, None] == np.arange(num_classes)
     return one_hot.astype(np.float32) - np.float32(1 / num_classes)
 
 
@@ -36,8 +35,9 @@ class Dataset:
     Arrays of other kinds are converted by `Dataset.from_arrays`; here they are refused.
 
     Raises:
-        ValueError: a pixel is NaN, infinite or outside [0, 1]; a label is not a class; shapes or dtypes do not fit; the
-            training or the test part is empty; the training labels are all the same. Repeated images are allowed.
+        ValueError: a pixel is NaN, infinite or outside [0, 1]; a label is not a class; shapes do not fit; the training
+            or the test part is empty; the training labels are all the same. Repeated images are allowed.
+        TypeError: an array has another dtype.
     """
 
     name: str
@@ -51,26 +51,31 @@ class Dataset:
     class_names: tuple[str, ...]
 
     def __post_init__(self):
-        if self.num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}")
+        require_int("num_classes", self.num_classes, minimum=2)
         if len(self.class_names) != self.num_classes:
             raise ValueError(
-                f"class_names must hold {self.num_classes} names, one a class, got {len(self.class_names)}"
+                f"class_names must hold {self.num_classes} names, one a class, got {len(self.class_names)}; "
+                "add or drop some."
             )
         for part, x, y in self._parts():
-            _require_images(f"x_{part}", x)
-            _require_labels(f"y_{part}", y, len(x))
-            _require_classes(f"y_{part}", y, self.num_classes)
+            if x.dtype != np.float32 or y.dtype != np.int32:
+                raise TypeError(
+                    f"x_{part} must be float32 and y_{part} int32, got {x.dtype} and {y.dtype}; "
+                    "use Dataset.from_arrays, which converts."
+                )
+            if part != "val" or len(x):
+                require_images(f"x_{part}", x)
+            require_labels(f"y_{part}", y, self.num_classes)
+            require_same_length(**{f"x_{part}": x, f"y_{part}": y})
             if x.shape[1:] != self.x_train.shape[1:]:
                 raise ValueError(
-                    f"x_{part} has images of shape {x.shape[1:]}, x_train {self.x_train.shape[1:]}: give all the same"
+                    f"x_{part} must have images like those of x_train, "
+                    f"got {x.shape[1:]} beside {self.x_train.shape[1:]}; resize them."
                 )
-            if len(x) == 0 and part != "val":
-                raise ValueError(f"x_{part} is empty: give it at least one image")
         if (self.y_train == self.y_train[0]).all():
             raise ValueError(
-                f"y_train holds class {self.y_train[0]} only ({len(self.y_train)} images): "
-                "give images of two classes at least, for instance by taking more of them"
+                f"y_train must hold two classes at least, "
+                f"got class {self.y_train[0]} in all {len(self.y_train)} images; take more images or another seed."
             )
 
     @classmethod
@@ -95,10 +100,11 @@ class Dataset:
 
         Raises:
             ValueError: as the constructor does.
+            TypeError: pixels are neither uint8 nor floats, or labels are no integers.
         """
         if (x_val is None) != (y_val is None):
             given, missing = ("y_val", "x_val") if x_val is None else ("x_val", "y_val")
-            raise ValueError(f"{given} was given without {missing}: give both or neither")
+            raise ValueError(f"{given} was given without {missing}; give both or neither.")
         train, test = _images("x_train", x_train), _images("x_test", x_test)
         labels = {"y_train": _labels("y_train", y_train), "y_test": _labels("y_test", y_test)}
         if x_val is None or y_val is None:
@@ -155,52 +161,11 @@ def _images(name: str, array: AnyArray) -> np.ndarray:
     if x.dtype == np.uint8:
         return x.astype(np.float32) / np.float32(255)
     if not np.issubdtype(x.dtype, np.floating):
-        raise ValueError(f"{name} must be uint8 in 0..255 or float in [0, 1], got dtype {x.dtype}: convert it")
+        raise TypeError(f"{name} must be uint8 in 0..255 or float in [0, 1], got dtype {x.dtype}; convert it.")
     return x.astype(np.float32)
 
 
 def _labels(name: str, array: AnyArray) -> np.ndarray:
     y = np.asarray(array)
-    if not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(
-            f"{name} must hold integer class numbers, got dtype {y.dtype}: convert it, for instance by argmax"
-        )
-    if y.size and (y.min() < 0 or y.max() > np.iinfo(np.int32).max):
-        raise ValueError(f"{name} must hold class numbers from 0 up, got {y.min()}..{y.max()}: renumber the classes")
+    require_labels(name, y, np.iinfo(np.int32).max)
     return y.astype(np.int32)
-
-
-def _require_images(name: str, x: np.ndarray) -> None:
-    if x.ndim != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"{name} must have axes (image, height, width, channel), got shape {x.shape}: reshape it")
-    if x.dtype != np.float32:
-        raise ValueError(f"{name} must be float32, got {x.dtype}: use Dataset.from_arrays, which converts")
-    if not x.size:
-        return
-    low, high = float(x.min()), float(x.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        bad = np.flatnonzero(~np.isfinite(x).all(axis=(1, 2, 3)))
-        raise ValueError(
-            f"{name} has NaN or infinite pixels in {len(bad)} images, first {bad[0]}: leave those images out"
-        )
-    if low < 0 or high > 1:
-        raise ValueError(
-            f"{name} must lie in [0, 1], got [{low:g}, {high:g}]: scale the pixels "
-            "(uint8 in 0..255 is scaled by Dataset.from_arrays; centring is left to the architecture)"
-        )
-
-
-def _require_labels(name: str, y: np.ndarray, num_images: int) -> None:
-    if y.dtype != np.int32:
-        raise ValueError(f"{name} must be int32, got {y.dtype}: use Dataset.from_arrays, which converts")
-    if y.shape != (num_images,):
-        raise ValueError(f"{name} must have shape ({num_images},), one label an image, got {y.shape}")
-
-
-def _require_classes(name: str, y: np.ndarray, num_classes: int) -> None:
-    if y.size and (y.min() < 0 or y.max() >= num_classes):
-        wrong = y[(y < 0) | (y >= num_classes)]
-        raise ValueError(
-            f"{name} must hold classes 0..{num_classes - 1}, got {operator.index(wrong[0])} ({len(wrong)} such): "
-            "raise num_classes or renumber the classes"
-        )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ntkadv._checks import require_int, require_nonnegative
 from ntkadv.data.dataset import Dataset
 from ntkadv.data.formats import Images, damaged
 from ntkadv.data.sources import DIGITS, SOURCES, Source, read_source
@@ -51,14 +52,18 @@ def load_dataset(
         DatasetNotFoundError: the files are not on this computer and cannot be fetched.
     """
     if name != "digits" and name not in SOURCES:
-        raise ValueError(f"name must be one of {', '.join(('digits', *SOURCES))}; got {name!r}")
-    n_train = None if n_train is None else _integer("n_train", n_train, least=1)
-    n_test = None if n_test is None else _integer("n_test", n_test, least=1)
-    n_val, seed = _integer("n_val", n_val, least=0), _integer("seed", seed, least=0)
-    if isinstance(label_noise, bool) or not isinstance(label_noise, (int, float, np.floating)):
-        raise TypeError(f"label_noise must be a number, got {label_noise!r}")
-    if not 0 <= label_noise < 1:
-        raise ValueError(f"label_noise must lie in [0, 1), got {label_noise}")
+        raise ValueError(f"name must be one of {', '.join(('digits', *SOURCES))}; got {name!r}.")
+    for argument, value, minimum in (
+        ("n_train", n_train, 1),
+        ("n_val", n_val, 0),
+        ("n_test", n_test, 1),
+        ("seed", seed, 0),
+    ):
+        if value is not None or argument in ("n_val", "seed"):
+            require_int(argument, value, minimum=minimum)
+    require_nonnegative("label_noise", label_noise)
+    if label_noise >= 1:
+        raise ValueError(f"label_noise must be less than 1, got {label_noise}; give a share of the training labels.")
     generator = np.random.default_rng(seed)
     (noise_generator,) = generator.spawn(1)
 
@@ -87,14 +92,6 @@ def load_dataset(
     )
 
 
-def _integer(name: str, value: int, *, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return int(value)
-
-
 def _digits(n_test: int | None, generator: np.random.Generator) -> tuple[Images, Images]:
     """Draw the test part of the digits, a fifth by default; the rest is the training part."""
     from sklearn.datasets import load_digits  # slow to import, needed by this set only
@@ -104,7 +101,7 @@ def _digits(n_test: int | None, generator: np.random.Generator) -> tuple[Images,
     n = len(labels)
     size = n // 5 if n_test is None else n_test
     if size >= n:
-        raise ValueError(f"n_test must leave images of digits for training: there are {n}, got n_test={size}")
+        raise ValueError(f"n_test must leave images of digits for training: there are {n}, got {size}; ask for fewer.")
     order = generator.permutation(n)
     test, rest = order[:size], order[size:]
     return Images(pixels[rest], labels[rest]), Images(pixels[test], labels[test])
@@ -116,7 +113,7 @@ def _draw(
     """Disjoint draws from 0..available-1: `first` from the head of a random order, `last` from its tail."""
     if last >= available if first is None else first + last > available:
         asked = f"{last} and at least 1 more" if first is None else first + last
-        raise ValueError(f"{argument} asks for {asked} images, but {where} has {available}: ask for fewer")
+        raise ValueError(f"{argument} asks for {asked} images, but {where} has {available}; ask for fewer.")
     order = generator.permutation(available)
     return order[: available - last if first is None else first], order[available - last :]
 
