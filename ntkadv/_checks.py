@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 def _values(array: Any) -> np.ndarray | None:
     """Fetch the entries to the host; None for a tracer."""
-    return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
+    return None if isinstance(array, Tracer) else np.asarray(array)
 
 
 def _shape(array: Any) -> tuple[int, ...]:
