@@ -1,0 +1,94 @@
+"""An architecture built from the layers of this package."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+
+from ntkadv.architectures.activations import Activation, Relu
+from ntkadv.architectures.base import Architecture, Kernels
+from ntkadv.architectures.covariance import Covariance, input_covariance
+from ntkadv.architectures.layers import Conv, Layer, required_layout
+
+__all__ = ["Network"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network(Architecture):
+    """One definition, `layer`, of a finite network and of its infinite-width limit.
+
+    Attributes:
+        layer: the whole network, usually a `Serial`, ending in `num_classes` outputs.
+    """
+
+    layer: Layer
+
+    def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Give the shape of the outputs for one input of this shape."""
+        return self.layer.output_shape(tuple(input_shape))
+
+    def _init(self, key: Array, input_shape: tuple[int, ...]) -> Any:
+        params = self.layer.init(key, input_shape)
+        outputs = self.output_shape(input_shape)
+        if outputs != (self.num_classes,):
+            raise ValueError(
+                f"the network's output has the shape {outputs} for inputs of shape {input_shape}, but num_classes is "
+                f"{self.num_classes}: end it in Flatten or GlobalAvgPool and Dense({self.num_classes})"
+            )
+        return params
+
+    def _apply(self, params: Any, x: Array) -> Array:
+        return self.layer.apply(params, x)
+
+    def _kernels(self, x1: Array, x2: Array) -> Kernels:
+        layout = required_layout(self.layer, x1.shape[1:])
+        return _read(self.layer.propagate(input_covariance(x1, x2, layout)))
+
+    def _diagonal(self, x: Array) -> Kernels:
+        layout = required_layout(self.layer, x.shape[1:])
+        return _read(self.layer.propagate(input_covariance(x, None, layout)))
+
+    def ark_is_constant(self, input_shape: tuple[int, ...]) -> bool:
+        """Tell whether every nonlinearity is a ReLU and no two different pixels are mixed by pooling.
+
+        Each ReLU then halves the sum over coordinates of the derivatives' variances, whatever the input, and affine
+        layers scale and average them.
+        """
+        nonlinear = [leaf for leaf in self.layer.leaves() if isinstance(leaf, Activation)]
+        return all(isinstance(leaf, Relu) for leaf in nonlinear) and not self._keeps_all_pixels(input_shape)
+
+    def pair_bytes(self, input_shape: tuple[int, ...]) -> int:
+        """Bound the float32 arrays alive at once, per pair, when the kernel and its input gradient are computed.
+
+        A value and four residuals for each nonlinearity, and eight arrays for the layer under work, each with one entry
+        per pixel (or pair of pixels, where pooling needs them).
+        """
+        pixels = _pixels_per_leaf(self.layer, tuple(input_shape), all_pairs=self._keeps_all_pixels(input_shape))
+        if required_layout(self.layer, tuple(input_shape)) == "vector":
+            pixels = [(leaf, 1) for leaf, _ in pixels]
+        residuals = sum(5 * size for leaf, size in pixels if isinstance(leaf, Activation))
+        return 4 * (residuals + 8 * max(size for _, size in pixels))
+
+    def _keeps_all_pixels(self, input_shape: tuple[int, ...]) -> bool:
+        return required_layout(self.layer, tuple(input_shape)) == "all pixels"
+
+
+def _read(covariance: Covariance) -> Kernels:
+    if covariance.layout != "vector" or covariance.ntk is None:
+        raise ValueError("the network ends in an image: end it in Flatten or GlobalAvgPool and Dense(num_classes)")
+    return Kernels(covariance.nngp, covariance.ntk)
+
+
+def _pixels_per_leaf(layer: Layer, shape: tuple[int, ...], *, all_pairs: bool) -> list[tuple[Layer, int]]:
+    """Pair every innermost layer with the number of covariances at its input; strides of branches count as passed."""
+    count: Callable[[tuple[int, ...]], int] = lambda s: int(np.prod(s[:-1])) ** (2 if all_pairs else 1)  # noqa: E731
+    sizes = []
+    for leaf in layer.leaves():
+        sizes.append((leaf, count(shape)))
+        if not isinstance(leaf, Conv) or leaf.stride == 1 or len(shape) == 3:
+            shape = leaf.output_shape(shape)
+    return sizes

@@ -1,0 +1,314 @@
+"""Kernel matrices of any size: cut into tiles, computed once per pair, stored, resumed."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import jax
+import numpy as np
+import psutil
+from jaxtyping import Array, Float
+from tqdm.auto import tqdm
+
+from ntkadv._checks import require_finite
+from ntkadv._typing import AnyArray
+from ntkadv.architectures.base import Architecture, Kernels
+
+__all__ = ["gram", "memory_estimate"]
+
+KernelName = Literal["ntk", "nngp"]
+
+WORKING_BYTES = 2**28
+"""Working memory that one tile may take unless the caller names the tile: small enough to stay near the caches."""
+
+LARGEST_TILE = 1024
+
+
+@overload
+def gram(
+    arch: Architecture,
+    x1: Float[AnyArray, "n1 *input"],
+    x2: Float[AnyArray, "n2 *input"] | None = ...,
+    *,
+    kernel: KernelName = ...,
+    dtype: Literal["float32", "float64"] = ...,
+    tile: int | None = ...,
+    max_bytes: int | None = ...,
+    store: str | PathLike[str] | None = ...,
+    progress: bool = ...,
+) -> np.ndarray: ...
+@overload
+def gram(
+    arch: Architecture,
+    x1: Float[AnyArray, "n1 *input"],
+    x2: Float[AnyArray, "n2 *input"] | None = ...,
+    *,
+    kernel: Literal["both"],
+    dtype: Literal["float32", "float64"] = ...,
+    tile: int | None = ...,
+    max_bytes: int | None = ...,
+    store: str | PathLike[str] | None = ...,
+    progress: bool = ...,
+) -> Kernels: ...
+def gram(
+    arch: Architecture,
+    x1: Float[AnyArray, "n1 *input"],
+    x2: Float[AnyArray, "n2 *input"] | None = None,
+    *,
+    kernel: KernelName | Literal["both"] = "ntk",
+    dtype: Literal["float32", "float64"] = "float32",
+    tile: int | None = None,
+    max_bytes: int | None = None,
+    store: str | PathLike[str] | None = None,
+    progress: bool = True,
+) -> np.ndarray | Kernels:
+    """Compute the kernel matrix of an architecture over images.
+
+    Without `x2` the matrix is symmetric: every pair is computed once, and the diagonal comes from `arch.diagonal`, free
+    of the rounding that the kernel of a ReLU network has between coincident inputs. The peak of memory is the result
+    (`n1 * n2` numbers a kernel) and one tile's working memory; see `memory_estimate`.
+
+    Args:
+        arch: whose infinite-width kernel.
+        x1: images, `(n1, height, width, channels)` in [0, 1], or vectors `(n1, features)`.
+        x2: more of them, `(n2, ...)`; None for the symmetric matrix of `x1` with itself.
+        kernel: `"ntk"`, `"nngp"`, or `"both"` from one pass.
+        dtype: precision of the computation and of the result.
+        tile: pairs are computed `tile x tile` at a time; chosen by memory if None. Any number will do.
+        max_bytes: refuse to start if more memory than this were needed; by default what the machine has available.
+        store: path of a `.npy` file (for `"both"`, of two, with `-nngp` and `-ntk` before the ending) that holds the
+            result while it is computed, mapped to memory. A call that was stopped goes on from there.
+        progress: show a progress bar.
+
+    Returns:
+        A NumPy array `(n1, n2)`; for `"both"`, `Kernels(nngp, ntk)` of such arrays.
+
+    Raises:
+        ValueError: an argument is out of range, the inputs do not match or are not finite, or `store` belongs to
+            another matrix.
+        MemoryError: the result cannot fit.
+    """
+    images1 = _as_images("x1", x1, dtype)
+    images2 = None if x2 is None else _as_images("x2", x2, dtype)
+    shape = (len(images1), len(images1) if images2 is None else len(images2))
+    names: tuple[KernelName, ...] = ("nngp", "ntk") if kernel == "both" else (kernel,)
+    if images2 is not None and images2.shape[1:] != images1.shape[1:]:
+        raise ValueError(f"x1 and x2 must hold inputs of one shape, got {images1.shape[1:]} and {images2.shape[1:]}")
+    if any(name not in ("ntk", "nngp") for name in names):
+        raise ValueError(f'kernel must be "ntk", "nngp" or "both", got {kernel!r}')
+    tile = _choose_tile(arch, images1, shape, tile)
+    _require_memory(arch, images1, shape, len(names), tile, max_bytes, stored=store is not None)
+
+    tiles = _tiles(shape, tile, symmetric=images2 is None)
+    outputs = _Outputs(store, names, shape, dtype, _fingerprint(images1, images2, tile))
+
+    def compute(corner: tuple[int, int]) -> Kernels:
+        rows = _padded(images1, corner[0], tile)
+        columns = _padded(images1 if images2 is None else images2, corner[1], tile)
+        with jax.enable_x64(dtype == "float64"):
+            return _jitted_kernels(arch, rows, columns)
+
+    start = outputs.resume_at(compute, tiles)
+    bar = tqdm(total=len(tiles), initial=start, desc="kernel matrix", unit="tile", disable=not progress, leave=False)
+    with bar:
+        for corner, block in _one_ahead(compute, tiles[start:]):
+            outputs.write(corner, block, symmetric=images2 is None)
+            bar.update()
+    if images2 is None:
+        with jax.enable_x64(dtype == "float64"):
+            outputs.write_diagonal([_jitted_diagonal(arch, _padded(images1, i, tile)) for i in range(0, shape[0], tile)])
+    arrays = outputs.finish()
+    return Kernels(arrays["nngp"], arrays["ntk"]) if kernel == "both" else arrays[names[0]]
+
+
+def memory_estimate(
+    arch: Architecture, n1: int, n2: int, input_shape: tuple[int, ...], *, kernels: int = 1, tile: int = LARGEST_TILE
+) -> int:
+    """Estimate the peak memory, in bytes, of `gram` in float32: `kernels` results of n1 x n2, and two tiles at work."""
+    block = min(tile, n1) * min(tile, n2)
+    return 4 * kernels * n1 * n2 + block * (arch.pair_bytes(tuple(input_shape)) + 16)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _jitted_kernels(arch: Architecture, x1: Array, x2: Array) -> Kernels:
+    return arch.kernels(x1, x2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _jitted_diagonal(arch: Architecture, x: Array) -> Kernels:
+    return arch.diagonal(x)
+
+
+def _as_images(name: str, x: Any, dtype: str) -> np.ndarray:
+    images = np.asarray(x, dtype)
+    if images.ndim < 2 or images.size == 0:
+        raise ValueError(f"{name} must be a batch of at least one input, (n, ...), got shape {images.shape}")
+    require_finite(name, images)
+    return images
+
+
+def _choose_tile(arch: Architecture, images: np.ndarray, shape: tuple[int, int], tile: int | None) -> int:
+    if tile is not None:
+        if tile < 1:
+            raise ValueError(f"tile must be at least 1, got {tile}")
+        return min(tile, max(shape))
+    fitting = math.isqrt(WORKING_BYTES // max(1, arch.pair_bytes(images.shape[1:])))
+    largest = max(1, min(LARGEST_TILE, fitting, max(shape)))
+    return math.ceil(max(shape) / math.ceil(max(shape) / largest))
+
+
+def _require_memory(
+    arch: Architecture,
+    images: np.ndarray,
+    shape: tuple[int, int],
+    kernels: int,
+    tile: int,
+    max_bytes: int | None,
+    *,
+    stored: bool,
+) -> None:
+    scale = images.itemsize // 4
+    results = 0 if stored else 4 * kernels * shape[0] * shape[1]
+    need = scale * (memory_estimate(arch, *shape, images.shape[1:], kernels=kernels, tile=tile) + results)
+    need -= scale * 4 * kernels * shape[0] * shape[1]
+    available = psutil.virtual_memory().available if max_bytes is None else max_bytes
+    if need > available:
+        limit = "the machine has available" if max_bytes is None else "max_bytes allows"
+        raise MemoryError(
+            f"the {shape[0]} x {shape[1]} kernel matrix in float{8 * images.itemsize} needs about {_gib(need)}, of which "
+            f"{_gib(scale * results)} for the result; {limit} {_gib(available)}. Take fewer samples, a smaller tile, or "
+            "give store=, a file that holds the result on disk"
+        )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _tiles(shape: tuple[int, int], tile: int, *, symmetric: bool) -> list[tuple[int, int]]:
+    return [
+        (i, j) for i in range(0, shape[0], tile) for j in range(i if symmetric else 0, shape[1], tile)
+    ]
+
+
+def _padded(images: np.ndarray, start: int, size: int) -> np.ndarray:
+    """Take `size` images from `start` on; past the end the last image is repeated, so that all tiles are alike."""
+    return images[np.minimum(np.arange(start, start + size), len(images) - 1)]
+
+
+def _one_ahead(
+    compute: Callable[[tuple[int, int]], Kernels], tiles: list[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], Kernels]]:
+    """Start each tile before the one before it is fetched, so that the device does not wait for the host."""
+    waiting: tuple[tuple[int, int], Kernels] | None = None
+    for corner in tiles:
+        started = (corner, compute(corner))
+        if waiting is not None:
+            yield waiting
+        waiting = started
+    if waiting is not None:
+        yield waiting
+
+
+def _fingerprint(images1: np.ndarray, images2: np.ndarray | None, tile: int) -> str:
+    digest = hashlib.sha256(f"{images1.shape} {tile}".encode())
+    for images in (images1, images2):
+        digest.update(b"none" if images is None else np.ascontiguousarray(images).tobytes())
+    return digest.hexdigest()
+
+
+class _Outputs:
+    """The matrices being filled, in memory or in files, and how far they are filled."""
+
+    def __init__(
+        self,
+        store: str | PathLike[str] | None,
+        names: tuple[KernelName, ...],
+        shape: tuple[int, int],
+        dtype: str,
+        fingerprint: str,
+    ) -> None:
+        self.store = None if store is None else Path(store)
+        self.done = 0
+        self.meta = {"fingerprint": fingerprint, "shape": list(shape), "dtype": dtype, "kernels": list(names)}
+        if self.store is None:
+            self.arrays = {name: np.empty(shape, dtype) for name in names}
+            return
+        if self.store.suffix != ".npy":
+            raise ValueError(f"store must be the path of a .npy file, got {self.store}")
+        paths = {name: self._path(name, len(names)) for name in names}
+        self.progress_file = self.store.with_suffix(".progress.json")
+        self.done = self._read_progress(list(paths.values()))
+        mode = "r+" if self.done else "w+"
+        self.arrays = {
+            name: np.lib.format.open_memmap(path, mode, np.dtype(dtype), shape) for name, path in paths.items()
+        }
+
+    def _path(self, name: str, count: int) -> Path:
+        assert self.store is not None
+        return self.store if count == 1 else self.store.with_name(f"{self.store.stem}-{name}.npy")
+
+    def _read_progress(self, paths: list[Path]) -> int:
+        if not self.progress_file.exists():
+            if any(path.exists() for path in paths):
+                raise ValueError(f"store: {paths[0]} exists, but nothing tells what it holds; name another file")
+            return 0
+        saved = json.loads(self.progress_file.read_text())
+        done = saved.pop("done")
+        if saved != self.meta:
+            raise ValueError(
+                f"store: {self.store} holds the matrix of other images, of another kernel, or cut into other tiles; name "
+                "another file, or remove that one and its .progress.json"
+            )
+        return done if all(path.exists() for path in paths) else 0
+
+    def resume_at(self, compute: Callable[[tuple[int, int]], Kernels], tiles: list[tuple[int, int]]) -> int:
+        """Give the number of tiles that are there, after a look whether the first of them is this kernel's."""
+        if self.done:
+            rows, columns = tiles[0]
+            for name, array in self.arrays.items():
+                block = np.asarray(getattr(compute(tiles[0]), name))
+                there = array[rows : rows + block.shape[0], columns : columns + block.shape[1]]
+                block = block[: there.shape[0], : there.shape[1]]
+                off_diagonal = np.ones(block.shape, bool) if block.size == 1 else ~np.eye(*block.shape, dtype=bool)
+                if not np.allclose(block[off_diagonal], there[off_diagonal], rtol=1e-4):
+                    raise ValueError(f"store: {self.store} holds the matrix of another architecture; name another file")
+        return self.done
+
+    def write(self, corner: tuple[int, int], block: Kernels, *, symmetric: bool) -> None:
+        i, j = corner
+        for name, array in self.arrays.items():
+            values = np.asarray(getattr(block, name))
+            values = values[: array.shape[0] - i, : array.shape[1] - j]
+            if symmetric and i == j:
+                values = (values + values.T) / 2
+            array[i : i + values.shape[0], j : j + values.shape[1]] = values
+            if symmetric and i != j:
+                array[j : j + values.shape[1], i : i + values.shape[0]] = values.T
+        self.done += 1
+        self._save_progress()
+
+    def write_diagonal(self, blocks: list[Kernels]) -> None:
+        for name, array in self.arrays.items():
+            values = np.concatenate([np.asarray(getattr(block, name)) for block in blocks])
+            np.fill_diagonal(array, values[: len(array)])
+
+    def finish(self) -> dict[str, np.ndarray]:
+        self._save_progress()
+        return self.arrays
+
+    def _save_progress(self) -> None:
+        if self.store is None:
+            return
+        for array in self.arrays.values():
+            array.flush()  # pyright: ignore[reportAttributeAccessIssue]  # a memmap wherever there is a store
+        temporary = self.progress_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps({**self.meta, "done": self.done}))
+        temporary.replace(self.progress_file)
