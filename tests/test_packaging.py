@@ -8,7 +8,9 @@ from pathlib import Path
 
 
 def run(program):
-    return subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_import_brings_no_other_framework():
