@@ -1,7 +1,7 @@
 """Architectures: one definition gives a finite network and its infinite-width kernels.
 
-A network is a `Serial` of layers, wrapped in `Network`; `mlp`, `cnn` and `resnet` build the usual ones, `from_stax` takes
-one from neural-tangents. A new layer is a subclass of `Layer`, a new nonlinearity of `Activation`.
+A network is a `Serial` of layers, wrapped in `Network`; `mlp`, `cnn` and `resnet` build the usual ones, `from_stax`
+takes one from neural-tangents. A new layer is a subclass of `Layer`, a new nonlinearity of `Activation`.
 """
 
 from ntkadv.architectures.activations import Activation, Erf, Gelu, Relu

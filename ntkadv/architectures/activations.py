@@ -1,8 +1,8 @@
 r"""Nonlinearities: the function itself, and its two Gaussian expectations.
 
-For (u, v) ~ N(0, [[v1, k], [k, v2]]) each gives E[phi(u) phi(v)] and E[phi'(u) phi'(v)], the second being the derivative
-of the first in k. All of them are finite, and so are their first derivatives, for every admissible (k, v1, v2),
-coincident inputs (k = v1 = v2) and vanishing variances included.
+For (u, v) ~ N(0, [[v1, k], [k, v2]]) each gives E[phi(u) phi(v)] and E[phi'(u) phi'(v)], the second being the
+derivative of the first in k. All of them are finite, and so are their first derivatives, for every
+admissible (k, v1, v2), coincident inputs (k = v1 = v2) and vanishing variances included.
 """
 
 from __future__ import annotations
@@ -102,14 +102,25 @@ def _reciprocal(x: Array) -> Array:
     return jnp.where(nonzero, jnp.ones_like(x) / jnp.where(nonzero, x, jnp.ones_like(x)), jnp.zeros_like(x))
 
 
+_ARCCOS = (
+    -0.0012624911,
+    0.0066700901,
+    -0.0170881256,
+    0.0308918810,
+    -0.0501743046,
+    0.0889789874,
+    -0.2145988016,
+    1.5707963050,
+)
+
+
 def _arccos(cosine: Array) -> Array:
     if cosine.dtype != jnp.float32:
         return jnp.arccos(cosine)
     # Abramowitz & Stegun 4.4.46, absolute error 2e-8: several times faster than the library's function on CPUs.
-    coefficients = (-0.0012624911, 0.0066700901, -0.0170881256, 0.0308918810, -0.0501743046, 0.0889789874, -0.2145988016)
     size = jnp.abs(cosine)
-    polynomial = jnp.full_like(size, coefficients[0])
-    for coefficient in (*coefficients[1:], 1.5707963050):
+    polynomial = jnp.full_like(size, _ARCCOS[0])
+    for coefficient in _ARCCOS[1:]:
         polynomial = polynomial * size + _constant(coefficient, size)
     angle = jnp.sqrt(jnp.ones_like(size) - size) * polynomial
     return jnp.where(cosine < 0, _constant(np.pi, angle) - angle, angle)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,14 @@ from ntkadv._typing import AnyArray
 __all__ = ["Architecture", "Kernels"]
 
 
+A = TypeVar("A", bound="Architecture")
+
+
 class Kernels(NamedTuple):
     """The two infinite-width kernels of one network, evaluated at the same pairs of inputs."""
 
-    nngp: Array
-    ntk: Array
+    nngp: AnyArray
+    ntk: AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +102,7 @@ class Architecture(abc.ABC):
         """
         x1, x2 = jnp.asarray(x1), jnp.asarray(x2)
         if x1.shape[1:] != x2.shape[1:] or x1.ndim < 2:
-            raise ValueError(
-                f"x1 and x2 must be batches of inputs of one shape, got x1 {x1.shape} and x2 {x2.shape}"
-            )
+            raise ValueError(f"x1 and x2 must be batches of inputs of one shape, got x1 {x1.shape} and x2 {x2.shape}")
         return _kernels(self, x1, x2)
 
     def ntk(self, x1: Float[AnyArray, "n1 *_"], x2: Float[AnyArray, "n2 *_"]) -> Float[Array, "n1 n2"]:
@@ -142,7 +143,7 @@ class Architecture(abc.ABC):
         """Tell whether the ARK is known to be the same for every input of this shape."""
         return False
 
-    def normalized(self, x: Float[AnyArray, "n *input"]) -> Self:
+    def normalized(self: A, x: Float[AnyArray, "n *input"]) -> A:
         """Rescale the outputs so that the mean of the NTK's diagonal over `x` becomes 1.
 
         Learning rates and training times then mean the same for every architecture. The kernel is divided by its mean

@@ -32,7 +32,8 @@ class Covariance:
 
     Attributes:
         nngp: covariance at initialisation, `(*space, n1, n2)`, or `(*space, n)` when paired.
-        ntk: the NTK up to this layer, of the same shape; None where nobody asks for it.
+        ntk: the NTK up to this layer, of the same shape; None where it is zero, before the first weights. (An array of
+            zeros would do, but XLA spends minutes folding window sums over constants.)
         first: covariance of each input of the first batch with itself, `(*space, n1)`; None when paired.
         second: the same for the second batch, `(*space, n2)`; None when paired.
         layout: the meaning of the axes `space`.
@@ -56,7 +57,7 @@ class Covariance:
         nngp = affine(self.nngp)
         return Covariance(
             nngp=nngp,
-            ntk=None if self.ntk is None else nngp + weights(self.ntk),
+            ntk=nngp if self.ntk is None else nngp + weights(self.ntk),
             first=None if self.first is None else affine(self.first),
             second=None if self.second is None else affine(self.second),
             layout=self.layout,
@@ -93,7 +94,17 @@ class Covariance:
 
     def __add__(self, other: Covariance) -> Covariance:
         """Add the features of two paths whose last weights are independent."""
-        return jax.tree.map(jnp.add, self, other)
+
+        def add(one: Array | None, two: Array | None) -> Array | None:
+            return two if one is None else one if two is None else one + two
+
+        return Covariance(
+            nngp=self.nngp + other.nngp,
+            ntk=add(self.ntk, other.ntk),
+            first=add(self.first, other.first),
+            second=add(self.second, other.second),
+            layout=self.layout,
+        )
 
     def _variances(self) -> tuple[Array, Array]:
         if self.first is None or self.second is None:
@@ -115,17 +126,17 @@ def _same_pixel(array: Array) -> Array:
     return array[h, h, w, w]
 
 
-def input_covariance(x1: Array, x2: Array | None, layout: Layout, *, with_ntk: bool = True) -> Covariance:
+def input_covariance(x1: Array, x2: Array | None, layout: Layout) -> Covariance:
     """Start from two batches of inputs (n1, ...), (n2, ...), or from one batch paired with itself (x2 is None)."""
     if layout == "vector":
         x1 = x1.reshape(len(x1), -1)
         x2 = None if x2 is None else x2.reshape(len(x2), -1)
     first = _self_covariance(x1, layout)
     if x2 is None:
-        return Covariance(first, jnp.zeros_like(first) if with_ntk else None, None, None, layout)
+        return Covariance(first, None, None, None, layout)
     subscripts = {"vector": "ac,bc->ab", "pixels": "ahwc,bhwc->hwab", "all pixels": "ahwc,bijc->hiwjab"}[layout]
     nngp = _mean_product(subscripts, x1, x2)
-    return Covariance(nngp, jnp.zeros_like(nngp) if with_ntk else None, first, _self_covariance(x2, layout), layout)
+    return Covariance(nngp, None, first, _self_covariance(x2, layout), layout)
 
 
 def _self_covariance(x: Array, layout: Layout) -> Array:

@@ -251,8 +251,8 @@ class Residual(Layer):
     """A branch around which the input is added: `y = shortcut(x) + branch(x)`; without a shortcut, `x + branch(x)`.
 
     Raises:
-        ValueError: the branch does not end in weights of its own. At infinite width the sum of two paths has the sum of
-            their covariances only when they are uncorrelated, which the last, independent weights of the branch provide.
+        ValueError: the branch does not end in weights of its own. At infinite width the sum of two paths has the sum
+            of their covariances only when they are uncorrelated, which the branch's last, independent weights provide.
     """
 
     branch: Layer
@@ -268,8 +268,8 @@ class Residual(Layer):
         target, source = self.branch.output_shape(shape), self.output_shape(shape)
         if target != source:
             raise ValueError(
-                f"the branch of Residual gives {target} and the shortcut {source}: give the branch as many channels and "
-                "the same stride, or the shortcut a convolution of its own"
+                f"the branch of Residual gives {target} and the shortcut {source}: give the branch as many channels "
+                "and the same stride, or the shortcut a convolution of its own"
             )
         branch_key, shortcut_key = jax.random.split(key)
         shortcut = () if self.shortcut is None else self.shortcut.init(shortcut_key, shape)
@@ -286,7 +286,7 @@ class Residual(Layer):
         return straight + self.branch.propagate(covariance)
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the shortcut's output."""
+        """Follow the shape through the shortcut."""
         return shape if self.shortcut is None else self.shortcut.output_shape(shape)
 
     def leaves(self) -> Iterator[Layer]:

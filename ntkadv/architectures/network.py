@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -78,14 +78,17 @@ class Network(Architecture):
 
 
 def _read(covariance: Covariance) -> Kernels:
-    if covariance.layout != "vector" or covariance.ntk is None:
+    if covariance.layout != "vector":
         raise ValueError("the network ends in an image: end it in Flatten or GlobalAvgPool and Dense(num_classes)")
-    return Kernels(covariance.nngp, covariance.ntk)
+    return Kernels(covariance.nngp, jnp.zeros_like(covariance.nngp) if covariance.ntk is None else covariance.ntk)
 
 
 def _pixels_per_leaf(layer: Layer, shape: tuple[int, ...], *, all_pairs: bool) -> list[tuple[Layer, int]]:
     """Pair every innermost layer with the number of covariances at its input; strides of branches count as passed."""
-    count: Callable[[tuple[int, ...]], int] = lambda s: int(np.prod(s[:-1])) ** (2 if all_pairs else 1)  # noqa: E731
+
+    def count(s: tuple[int, ...]) -> int:
+        return int(np.prod(s[:-1])) ** (2 if all_pairs else 1)
+
     sizes = []
     for leaf in layer.leaves():
         sizes.append((leaf, count(shape)))

@@ -189,7 +189,7 @@ def from_stax(
     """
     for name, function in (("init_fn", init_fn), ("apply_fn", apply_fn), ("kernel_fn", kernel_fn)):
         if not callable(function):
-            raise TypeError(f"{name} must be callable, got {function!r}; unpack the triple: from_stax(*stax.serial(...))")
+            raise TypeError(f"{name} must be callable, got {function!r}; unpack the triple, from_stax(*serial(...))")
     return StaxNetwork(num_classes, init_fn, apply_fn, kernel_fn, center=center)
 
 
@@ -207,4 +207,4 @@ def _measured_pair_bytes(arch: StaxNetwork, input_shape: tuple[int, ...]) -> int
         return jnp.sum(arch._kernels(x1, x2).ntk)
 
     memory = jax.jit(jax.grad(summed)).lower(x, x).compile().memory_analysis()
-    return max(64, int(memory.temp_size_in_bytes) // batch**2)
+    return max(64, 0 if memory is None else int(memory.temp_size_in_bytes) // batch**2)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import jax
@@ -20,10 +18,9 @@ from tqdm.auto import tqdm
 from ntkadv._checks import require_finite
 from ntkadv._typing import AnyArray
 from ntkadv.architectures.base import Architecture, Kernels
+from ntkadv.kernels.storage import KernelName, Outputs
 
 __all__ = ["gram", "memory_estimate"]
-
-KernelName = Literal["ntk", "nngp"]
 
 WORKING_BYTES = 2**28
 """Working memory that one tile may take unless the caller names the tile: small enough to stay near the caches."""
@@ -104,10 +101,13 @@ def gram(
     if any(name not in ("ntk", "nngp") for name in names):
         raise ValueError(f'kernel must be "ntk", "nngp" or "both", got {kernel!r}')
     tile = _choose_tile(arch, images1, shape, tile)
-    _require_memory(arch, images1, shape, len(names), tile, max_bytes, stored=store is not None)
+    in_memory = 0 if store is not None else len(names)
+    working = memory_estimate(arch, *shape, images1.shape[1:], kernels=0, tile=tile) * images1.itemsize // 4
+    result = in_memory * shape[0] * shape[1] * images1.itemsize
+    _require_memory(working + result, result, shape, max_bytes)
 
     tiles = _tiles(shape, tile, symmetric=images2 is None)
-    outputs = _Outputs(store, names, shape, dtype, _fingerprint(images1, images2, tile))
+    outputs = Outputs(store, names, shape, dtype, _fingerprint(images1, images2, tile))
 
     def compute(corner: tuple[int, int]) -> Kernels:
         rows = _padded(images1, corner[0], tile)
@@ -123,7 +123,9 @@ def gram(
             bar.update()
     if images2 is None:
         with jax.enable_x64(dtype == "float64"):
-            outputs.write_diagonal([_jitted_diagonal(arch, _padded(images1, i, tile)) for i in range(0, shape[0], tile)])
+            outputs.write_diagonal(
+                [_jitted_diagonal(arch, _padded(images1, i, tile)) for i in range(0, shape[0], tile)]
+            )
     arrays = outputs.finish()
     return Kernels(arrays["nngp"], arrays["ntk"]) if kernel == "both" else arrays[names[0]]
 
@@ -164,27 +166,14 @@ def _choose_tile(arch: Architecture, images: np.ndarray, shape: tuple[int, int],
     return math.ceil(max(shape) / math.ceil(max(shape) / largest))
 
 
-def _require_memory(
-    arch: Architecture,
-    images: np.ndarray,
-    shape: tuple[int, int],
-    kernels: int,
-    tile: int,
-    max_bytes: int | None,
-    *,
-    stored: bool,
-) -> None:
-    scale = images.itemsize // 4
-    results = 0 if stored else 4 * kernels * shape[0] * shape[1]
-    need = scale * (memory_estimate(arch, *shape, images.shape[1:], kernels=kernels, tile=tile) + results)
-    need -= scale * 4 * kernels * shape[0] * shape[1]
+def _require_memory(need: int, result: int, shape: tuple[int, int], max_bytes: int | None) -> None:
     available = psutil.virtual_memory().available if max_bytes is None else max_bytes
     if need > available:
         limit = "the machine has available" if max_bytes is None else "max_bytes allows"
         raise MemoryError(
-            f"the {shape[0]} x {shape[1]} kernel matrix in float{8 * images.itemsize} needs about {_gib(need)}, of which "
-            f"{_gib(scale * results)} for the result; {limit} {_gib(available)}. Take fewer samples, a smaller tile, or "
-            "give store=, a file that holds the result on disk"
+            f"the {shape[0]} x {shape[1]} kernel matrix needs about {_gib(need)}, of which {_gib(result)} for the "
+            f"result; {limit} {_gib(available)}. Take fewer samples, a smaller tile, or give store=, a file that holds "
+            "the result on disk"
         )
 
 
@@ -193,9 +182,7 @@ def _gib(size: float) -> str:
 
 
 def _tiles(shape: tuple[int, int], tile: int, *, symmetric: bool) -> list[tuple[int, int]]:
-    return [
-        (i, j) for i in range(0, shape[0], tile) for j in range(i if symmetric else 0, shape[1], tile)
-    ]
+    return [(i, j) for i in range(0, shape[0], tile) for j in range(i if symmetric else 0, shape[1], tile)]
 
 
 def _padded(images: np.ndarray, start: int, size: int) -> np.ndarray:
@@ -222,93 +209,3 @@ def _fingerprint(images1: np.ndarray, images2: np.ndarray | None, tile: int) -> 
     for images in (images1, images2):
         digest.update(b"none" if images is None else np.ascontiguousarray(images).tobytes())
     return digest.hexdigest()
-
-
-class _Outputs:
-    """The matrices being filled, in memory or in files, and how far they are filled."""
-
-    def __init__(
-        self,
-        store: str | PathLike[str] | None,
-        names: tuple[KernelName, ...],
-        shape: tuple[int, int],
-        dtype: str,
-        fingerprint: str,
-    ) -> None:
-        self.store = None if store is None else Path(store)
-        self.done = 0
-        self.meta = {"fingerprint": fingerprint, "shape": list(shape), "dtype": dtype, "kernels": list(names)}
-        if self.store is None:
-            self.arrays = {name: np.empty(shape, dtype) for name in names}
-            return
-        if self.store.suffix != ".npy":
-            raise ValueError(f"store must be the path of a .npy file, got {self.store}")
-        paths = {name: self._path(name, len(names)) for name in names}
-        self.progress_file = self.store.with_suffix(".progress.json")
-        self.done = self._read_progress(list(paths.values()))
-        mode = "r+" if self.done else "w+"
-        self.arrays = {
-            name: np.lib.format.open_memmap(path, mode, np.dtype(dtype), shape) for name, path in paths.items()
-        }
-
-    def _path(self, name: str, count: int) -> Path:
-        assert self.store is not None
-        return self.store if count == 1 else self.store.with_name(f"{self.store.stem}-{name}.npy")
-
-    def _read_progress(self, paths: list[Path]) -> int:
-        if not self.progress_file.exists():
-            if any(path.exists() for path in paths):
-                raise ValueError(f"store: {paths[0]} exists, but nothing tells what it holds; name another file")
-            return 0
-        saved = json.loads(self.progress_file.read_text())
-        done = saved.pop("done")
-        if saved != self.meta:
-            raise ValueError(
-                f"store: {self.store} holds the matrix of other images, of another kernel, or cut into other tiles; name "
-                "another file, or remove that one and its .progress.json"
-            )
-        return done if all(path.exists() for path in paths) else 0
-
-    def resume_at(self, compute: Callable[[tuple[int, int]], Kernels], tiles: list[tuple[int, int]]) -> int:
-        """Give the number of tiles that are there, after a look whether the first of them is this kernel's."""
-        if self.done:
-            rows, columns = tiles[0]
-            for name, array in self.arrays.items():
-                block = np.asarray(getattr(compute(tiles[0]), name))
-                there = array[rows : rows + block.shape[0], columns : columns + block.shape[1]]
-                block = block[: there.shape[0], : there.shape[1]]
-                off_diagonal = np.ones(block.shape, bool) if block.size == 1 else ~np.eye(*block.shape, dtype=bool)
-                if not np.allclose(block[off_diagonal], there[off_diagonal], rtol=1e-4):
-                    raise ValueError(f"store: {self.store} holds the matrix of another architecture; name another file")
-        return self.done
-
-    def write(self, corner: tuple[int, int], block: Kernels, *, symmetric: bool) -> None:
-        i, j = corner
-        for name, array in self.arrays.items():
-            values = np.asarray(getattr(block, name))
-            values = values[: array.shape[0] - i, : array.shape[1] - j]
-            if symmetric and i == j:
-                values = (values + values.T) / 2
-            array[i : i + values.shape[0], j : j + values.shape[1]] = values
-            if symmetric and i != j:
-                array[j : j + values.shape[1], i : i + values.shape[0]] = values.T
-        self.done += 1
-        self._save_progress()
-
-    def write_diagonal(self, blocks: list[Kernels]) -> None:
-        for name, array in self.arrays.items():
-            values = np.concatenate([np.asarray(getattr(block, name)) for block in blocks])
-            np.fill_diagonal(array, values[: len(array)])
-
-    def finish(self) -> dict[str, np.ndarray]:
-        self._save_progress()
-        return self.arrays
-
-    def _save_progress(self) -> None:
-        if self.store is None:
-            return
-        for array in self.arrays.values():
-            array.flush()  # pyright: ignore[reportAttributeAccessIssue]  # a memmap wherever there is a store
-        temporary = self.progress_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**self.meta, "done": self.done}))
-        temporary.replace(self.progress_file)
