@@ -21,10 +21,10 @@ A = TypeVar("A", bound="Architecture")
 
 
 class Kernels(NamedTuple):
-    """The two infinite-width kernels of one network, evaluated at the same pairs of inputs."""
+    """The two infinite-width kernels of one network at the same pairs of inputs, as JAX or as NumPy arrays."""
 
-    nngp: AnyArray
-    ntk: AnyArray
+    nngp: Any
+    ntk: Any
 
 
 @dataclasses.dataclass(frozen=True)

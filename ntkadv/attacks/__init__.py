@@ -1,1 +1,13 @@
-"""Attacks on any JAX callable from images to logits."""
+"""Attacks on any JAX callable from images to logits: `attack(model, x, labels, key=key)`.
+
+`threat_model` says what may be changed, `losses` what is maximised, `base` holds what all attacks share; then
+one attack a file.
+"""
+
+from ntkadv.attacks.base import Attack
+from ntkadv.attacks.fgsm import FGSM
+from ntkadv.attacks.losses import LOSSES
+from ntkadv.attacks.pgd import PGD
+from ntkadv.attacks.threat_model import L2, Linf, ThreatModel
+
+__all__ = ["FGSM", "L2", "LOSSES", "PGD", "Attack", "Linf", "ThreatModel"]
