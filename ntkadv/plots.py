@@ -1,0 +1,206 @@
+"""Figures from results, and nothing else: every function takes what was measured and returns a matplotlib `Figure`.
+
+The colours are those of Okabe & Ito, which people with any colour vision tell apart; lines differ in style as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ntkadv._typing import AnyArray
+from ntkadv.evaluation import Report, wilson_interval
+from ntkadv.selection import RobustnessPath
+
+__all__ = [
+    "BLUE",
+    "GREEN",
+    "ORANGE",
+    "PURPLE",
+    "VERMILION",
+    "adv_ntk_progress",
+    "image_strip",
+    "over_time",
+    "robustness",
+]
+
+BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+
+_CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE)
+_MARKERS = ("o", "s", "D", "^", "v")
+
+
+def over_time(
+    path: RobustnessPath,
+    *,
+    limit: RobustnessPath | None = None,
+    chosen: float | None = None,
+    title: str = "",
+    label: str = "training time t (gradient flow, unit 1 / kernel)",
+) -> Figure:
+    """Draw clean and robust accuracy against training time, with the optimum and the limit that the theory predicts.
+
+    Args:
+        path: accuracies over finite times.
+        limit: accuracies at one value, t = infinity: what long training, adversarial or not, degenerates to.
+        chosen: the time that was chosen on the validation images.
+        title: above the axes.
+        label: of the horizontal axis.
+    """
+    figure, axes = _axes(6.4, 4.0)
+    curves = (
+        ("clean", path.clean, limit and limit.clean, BLUE, "-", "o"),
+        ("robust", path.robust, limit and limit.robust, VERMILION, "--", "s"),
+    )
+    for name, accuracy, end, colour, style, marker in curves:
+        low, high = wilson_interval(np.round(accuracy * path.n).astype(int), path.n)
+        axes.fill_between(path.values, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(path.values, accuracy, style, color=colour, marker=marker, markersize=3.5, label=f"{name} accuracy")
+        if end is not None:
+            axes.axhline(
+                float(end[0]), color=colour, linestyle=":", linewidth=1.2, label=f"{name}, limit t = ∞: {end[0]:.3f}"
+            )
+    best = int(np.argmax(path.robust))
+    axes.plot(
+        path.values[best],
+        path.robust[best],
+        "*",
+        color="black",
+        markersize=12,
+        zorder=5,
+        label=f"best robust: {path.robust[best]:.3f} at t = {path.values[best]:.2g}",
+    )
+    if chosen is not None:
+        axes.axvline(
+            chosen, color="black", linewidth=0.9, linestyle="-.", label=f"chosen on validation: t = {chosen:.2g}"
+        )
+    axes.set_xscale("log")
+    _finish(axes, label, "accuracy", title)
+    axes.set_ylim(0, 1.02)
+    return figure
+
+
+def adv_ntk_progress(history: Sequence[Mapping[str, Any]], *, step: int | None = None, title: str = "") -> Figure:
+    """Draw loss and robust accuracy of an Adv-NTK fit against its steps.
+
+    Args:
+        history: `AdvNTKFit.history`.
+        step: the step that was kept, if not the last.
+        title: above the axes.
+    """
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [entry["step"] for entry in history]
+    left.plot(steps, [entry["loss"] for entry in history], color=BLUE, marker="o", markersize=3)
+    _finish(left, "step", "loss on the attacked batch, mean ½|f − y|²", "", legend=False)
+    right.plot(
+        steps,
+        [entry["robust_accuracy"] for entry in history],
+        "--",
+        color=VERMILION,
+        marker="s",
+        markersize=3,
+        label="batch of the step",
+    )
+    watched = [(entry["step"], entry["held_out"]) for entry in history if entry["held_out"] is not None]
+    if watched:
+        right.plot(*zip(*watched, strict=True), "-", color=GREEN, marker="D", markersize=4, label="held-out images")
+    for axes in (left, right):
+        if step is not None:
+            axes.axvline(step, color="black", linewidth=0.9, linestyle="-.", label=f"kept: step {step}")
+    _finish(right, "step", "robust accuracy", "")
+    right.set_ylim(0, 1.02)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def robustness(report: Report, *, title: str = "") -> Figure:
+    """Draw each model's accuracies, clean, under each attack and in the worst case, with their 95% intervals."""
+    columns = list(report.columns)
+    models = list(report.models)
+    figure, axes = _axes(1.6 + 1.5 * len(models), 4.0)
+    width = 0.8 / len(columns)
+    for j, column in enumerate(columns):
+        cells = [report.cell(model, column) for model in models]
+        places = np.arange(len(models)) + (j - (len(columns) - 1) / 2) * width
+        values = np.array([cell.accuracy for cell in cells])
+        errors = np.array([[cell.accuracy - cell.low, cell.high - cell.accuracy] for cell in cells]).T
+        axes.errorbar(
+            places,
+            values,
+            np.maximum(errors, 0),
+            fmt=_MARKERS[j % len(_MARKERS)],
+            color=_CYCLE[j % len(_CYCLE)],
+            markersize=7,
+            capsize=3,
+            label=column,
+        )
+    axes.set_xticks(np.arange(len(models)), models)
+    _finish(axes, "", f"accuracy, n = {report.n}, 95% intervals", title)
+    axes.set_ylim(0, 1.02)
+    return figure
+
+
+def image_strip(
+    clean: Float[AnyArray, "m h w c"],
+    attacked: Mapping[str, Float[AnyArray, "m h w c"]],
+    labels: Int[AnyArray, " m"],
+    predicted: Mapping[str, tuple[Int[AnyArray, " m"], Int[AnyArray, " m"]]],
+    class_names: Sequence[str],
+    *,
+    title: str = "",
+) -> Figure:
+    """Show clean images above attacked ones, a row for each model, each with the model's prediction.
+
+    Args:
+        clean: images.
+        attacked: for each model, the images attacked against it.
+        labels: true classes.
+        predicted: for each model, its classes for the clean and for the attacked images.
+        class_names: names of the classes.
+        title: above it all.
+    """
+    rows = 1 + len(attacked)
+    figure = Figure(figsize=(1.15 * len(clean) + 1.3, 1.6 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, len(clean), squeeze=False)
+    for column, image in enumerate(clean):
+        _show(grid[0, column], image, class_names[int(labels[column])], "black")
+        for row, (model, images) in enumerate(attacked.items(), start=1):
+            before, after = (int(classes[column]) for classes in predicted[model])
+            text = f"{class_names[before]} → {class_names[after]}"
+            _show(grid[row, column], images[column], text, BLUE if after == int(labels[column]) else VERMILION)
+    for row, name in enumerate(["clean\n(true class)", *attacked]):
+        grid[row, 0].set_ylabel(name, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _finish(axes: Axes, x: str, y: str, title: str, *, legend: bool = True) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if legend:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _show(axes: Axes, image: Any, text: str, colour: str) -> None:
+    pixels = np.asarray(image)
+    if pixels.shape[-1] == 1:
+        axes.imshow(pixels[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    else:
+        axes.imshow(np.clip(pixels, 0, 1), interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(text, fontsize=8, color=colour)
