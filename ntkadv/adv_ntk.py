@@ -70,14 +70,17 @@ class _Settings:
     initial: float
     held_out: int
     held_out_every: int
-    method: str
+    method: Method
     tol: float
     arrays: str
 
 
 class _State(NamedTuple):
+    """Where a fit is; `method` is what solves, once Krylov has failed the eigendecomposition."""
+
     weights: np.ndarray
     step: int
+    method: Method
     best: np.ndarray
     best_step: int
     best_accuracy: float
@@ -197,7 +200,7 @@ def fit_adv_ntk(
             bar.update()
     weights, step = (state.best, state.best_step) if count else (state.weights, state.step)
     xi = np.asarray(ways.xi(weights))
-    return AdvNTKFit(fit.predictor_at(xi), xi, state.history, step)
+    return AdvNTKFit(fit.predictor_at(xi, state.method), xi, state.history, step)
 
 
 class _Fit:
@@ -217,7 +220,6 @@ class _Fit:
     ) -> None:
         self.data, self.attack, self.ways, self.settings, self.key = data, attack, ways, settings, key
         self.watched, self.pool = watched, pool
-        self.method: Method = "eigh" if settings.method == "eigh" else "krylov"
         with jax.enable_x64(True):
             self.theta = jnp.asarray(theta, jnp.float64)
             self.targets = jnp.asarray(data.targets_train, jnp.float64)
@@ -225,12 +227,12 @@ class _Fit:
 
     def start(self) -> _State:
         weights = self.ways.start(np.full(len(self.data.x_train), self.settings.initial))
-        return _State(weights, 0, weights, 0, -1.0, [])
+        return _State(weights, 0, self.settings.method, weights, 0, -1.0, [])
 
-    def predictor_at(self, xi: np.ndarray) -> KernelPredictor:
+    def predictor_at(self, xi: np.ndarray, method: Method) -> KernelPredictor:
         with jax.enable_x64(True):
-            coefficients = solve(self.theta, jnp.asarray(xi), self.targets, method=self.method, tol=self.settings.tol)
-        return self._with(coefficients.coefficients)
+            solution = solve(self.theta, jnp.asarray(xi), self.targets, method=method, tol=self.settings.tol)
+        return self._with(solution.coefficients)
 
     def advance(self, state: _State) -> _State:
         began = time.perf_counter()
@@ -239,7 +241,19 @@ class _Fit:
             np.asarray(jax.random.choice(batch_key, len(self.pool), (self.settings.batch_size,), replace=False))
         ]
         images, labels = self.data.x_val[places], self.data.y_val[places]
-        loss, accuracy, gradient, products = self._loss_and_gradient(state.weights, images, labels, attack_key)
+        method = state.method
+        found = self._loss_and_gradient(method, state.weights, images, labels, attack_key)
+        if found is None:
+            method = "eigh"
+            warnings.warn(
+                f"the Krylov solve of Adv-NTK did not reach tol={self.settings.tol:g}: xi has become too large for it. "
+                "The fit goes on with an eigendecomposition in each step; a smaller learning_rate avoids that",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            found = self._loss_and_gradient(method, state.weights, images, labels, attack_key)
+            assert found is not None
+        loss, accuracy, gradient, products = found
         norm = float(np.linalg.norm(gradient))
         if not (np.isfinite(norm) and norm > 0):
             raise FloatingPointError(
@@ -248,7 +262,7 @@ class _Fit:
             )
         weights = self.ways.project(state.weights - self.settings.learning_rate * gradient / norm)
         step = state.step + 1
-        watched = self._held_out_accuracy(weights, step)
+        watched = self._held_out_accuracy(method, weights, step)
         entry = {
             "step": step,
             "loss": loss,
@@ -261,43 +275,33 @@ class _Fit:
         }
         is_best = watched is not None and watched > state.best_accuracy
         best = (weights, step, watched) if is_best else (state.best, state.best_step, state.best_accuracy)
-        return _State(weights, step, *best, [*state.history, entry])
+        return _State(weights, step, method, *best, [*state.history, entry])
 
     def _loss_and_gradient(
-        self, weights: np.ndarray, images: np.ndarray, labels: np.ndarray, key: Array
-    ) -> tuple[float, float, np.ndarray, int]:
-        xi = self.ways.xi(weights)
+        self, method: Method, weights: np.ndarray, images: np.ndarray, labels: np.ndarray, key: Array
+    ) -> tuple[float, float, np.ndarray, int] | None:
+        """Loss, accuracy, gradient in w, products with the kernel; None where Krylov does not reach the tolerance."""
         with jax.enable_x64(True):
             coefficients, pullback, products, converged = _forward(
-                self.method, self.settings.tol, self.theta, jnp.asarray(xi), self.targets
+                method, self.settings.tol, self.theta, jnp.asarray(self.ways.xi(weights)), self.targets
             )
         if not bool(converged):
-            return self._again_by_eigh(weights, images, labels, key)
+            return None
         predictor = self._with(coefficients)
         attacked = self.attack(predictor, images, labels, key=key)
         cross = _cross_kernel(predictor, attacked)
         y = targets(labels, self.data.num_classes)
         with jax.enable_x64(True):
             loss, accuracy, gradient = _backward(pullback, cross, coefficients, jnp.asarray(y), jnp.asarray(labels))
+        if method == "krylov" and np.isnan(np.asarray(gradient)).any():  # the adjoint's space did not converge
+            return None
         gradient = self.ways.pull_back(weights, np.asarray(gradient))
-        if np.isnan(gradient).any() and self.method == "krylov":
-            return self._again_by_eigh(weights, images, labels, key)
         return float(loss), float(accuracy), gradient, int(products)
 
-    def _again_by_eigh(self, *arguments: Any) -> tuple[float, float, np.ndarray, int]:
-        warnings.warn(
-            f"the Krylov solve of Adv-NTK did not reach tol={self.settings.tol:g}: xi has become too large for it. "
-            "The fit goes on with an eigendecomposition in each step; a smaller learning_rate avoids that",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        self.method = "eigh"
-        return self._loss_and_gradient(*arguments)
-
-    def _held_out_accuracy(self, weights: np.ndarray, step: int) -> float | None:
+    def _held_out_accuracy(self, method: Method, weights: np.ndarray, step: int) -> float | None:
         if not len(self.watched) or step % self.settings.held_out_every:
             return None
-        predictor = self.predictor_at(np.asarray(self.ways.xi(weights)))
+        predictor = self.predictor_at(self.ways.xi(weights), method)
         images, labels = self.data.x_val[self.watched], self.data.y_val[self.watched]
         # The same key each time: the measurements differ by the network only.
         attacked = self.attack(predictor, images, labels, key=self.key, batch_size=self.settings.batch_size)

@@ -97,7 +97,7 @@ def adv_ntk_progress(history: Sequence[Mapping[str, Any]], *, step: int | None =
     left, right = figure.subplots(1, 2)
     steps = [entry["step"] for entry in history]
     left.plot(steps, [entry["loss"] for entry in history], color=BLUE, marker="o", markersize=3)
-    _finish(left, "step", "loss on the attacked batch, mean ½|f − y|²", "", legend=False)
+    _finish(left, "step", r"loss on the attacked batch, mean $\frac{1}{2}|f-y|^2$", "", legend=False)
     right.plot(
         steps,
         [entry["robust_accuracy"] for entry in history],
