@@ -273,9 +273,10 @@ class _Fit:
             "products": products,
             "seconds": time.perf_counter() - began,
         }
-        is_best = watched is not None and watched > state.best_accuracy
-        best = (weights, step, watched) if is_best else (state.best, state.best_step, state.best_accuracy)
-        return _State(weights, step, method, *best, [*state.history, entry])
+        following = state._replace(weights=weights, step=step, method=method, history=[*state.history, entry])
+        if watched is not None and watched > state.best_accuracy:
+            return following._replace(best=weights, best_step=step, best_accuracy=watched)
+        return following
 
     def _loss_and_gradient(
         self, method: Method, weights: np.ndarray, images: np.ndarray, labels: np.ndarray, key: Array
