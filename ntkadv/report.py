@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from scipy.special import ndtri
 
 from ntkadv._checks import require_int, require_nonnegative
@@ -209,14 +210,14 @@ class Report:
         table = Table(caption=self.caption, caption_justify="left")
         table.add_column("model", style="bold", no_wrap=True)
         for column in self.columns:
-            table.add_column(column, justify="right", no_wrap=True)
+            table.add_column(Text(column), justify="right", no_wrap=True)
         for row in self._cells():
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         return table
 
     def __str__(self) -> str:
         text = StringIO()
-        Console(file=text, width=10_000, color_system=None, force_terminal=False, markup=False).print(self)
+        Console(file=text, width=10_000, color_system=None, force_terminal=False).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
     def _cells(self) -> list[list[str]]:
