@@ -17,8 +17,8 @@ _TAIL = np.polynomial.legendre.leggauss(32)
 class Projection(NamedTuple):
     """The residual flow of a block inside a Krylov space, in the eigenbasis of the projected matrix.
 
-    ``exp(-t Theta D) Y = Y - P diag(h_a(t)) alpha`` with ``P = Theta D^1/2 V`` for Ritz vectors ``V``, Ritz values
-    ``a`` and ``alpha = V^T D^1/2 Y``. Columns beyond the space that was built are zero.
+    `exp(-t Theta D) Y = Y - P diag(h_a(t)) alpha` with `P = Theta D^1/2 V` for Ritz vectors `V`, Ritz values
+    `a` and `alpha = V^T D^1/2 Y`. Columns beyond the space that was built are zero.
     """
 
     images: Float[Array, "n k"]
@@ -27,7 +27,7 @@ class Projection(NamedTuple):
 
 
 class KrylovOutcome(NamedTuple):
-    """``coefficients`` = D^1/2 phi(S) D^1/2 Y, how they were reached, and how far off they can be (relative)."""
+    """`coefficients` = D^1/2 phi(S) D^1/2 Y, how they were reached, and how far off they can be (relative)."""
 
     coefficients: Float[Array, "n c"]
     projection: Projection
@@ -38,7 +38,7 @@ class KrylovOutcome(NamedTuple):
 
 
 class _Space(NamedTuple):
-    """An orthonormal basis ``V``, ``W = Theta D^1/2 V``, and the next block with its factor: ``S V_m = ... + X B``."""
+    """An orthonormal basis `V`, `W = Theta D^1/2 V`, and the next block with its factor: `S V_m = ... + X B`."""
 
     basis: Float[Array, "n k"]
     images: Float[Array, "n k"]
@@ -67,19 +67,19 @@ def stages(n: int, c: int, max_blocks: int) -> tuple[int, ...]:
 def krylov(
     theta: Float[Array, "n n"], xi: Float[Array, " n"], block: Float[Array, "n c"], counts: tuple[int, ...], tol: float
 ) -> KrylovOutcome:
-    """``D^1/2 phi(S) D^1/2 Y`` from the block Krylov space of ``S = D^1/2 Theta D^1/2`` and ``D^1/2 Y``.
+    """`D^1/2 phi(S) D^1/2 Y` from the block Krylov space of `S = D^1/2 Theta D^1/2` and `D^1/2 Y`.
 
     Full re-orthogonalisation (twice), rank-revealing block orthonormalisation (a lost direction becomes a zero
-    column), Rayleigh-Ritz projection. ``counts`` lists the numbers of blocks after which the answer is tested; it grows
-    only while the test is not met, also under ``jit``.
+    column), Rayleigh-Ritz projection. `counts` lists the numbers of blocks after which the answer is tested; it grows
+    only while the test is not met, also under `jit`.
 
-    The test is an a-posteriori bound. Let ``y(s) = e^{-sT} E_1 beta`` be the projected flow. The flow in the space
-    misses ``S V y = V T y + X B E_m^T y`` by the last term, and ``e^{-sS}`` does not expand, so
+    The test is an a-posteriori bound. Let `y(s) = e^{-sT} E_1 beta` be the projected flow. The flow in the space
+    misses `S V y = V T y + X B E_m^T y` by the last term, and `e^{-sS}` does not expand, so
 
-    ``|error of phi(S) D^1/2 Y| <= int_0^1 (1 - s) |B E_m^T y(s)| ds``.
+    `|error of phi(S) D^1/2 Y| <= int_0^1 (1 - s) |B E_m^T y(s)| ds`.
 
-    Accepted when this is below ``tol`` times the result, or below what rounding in this dtype does to the result
-    anyway; and, lest a bound be lucky, when the last block moved the result by less than ``sqrt(tol)``.
+    Accepted when this is below `tol` times the result, or below what rounding in this dtype does to the result
+    anyway; and, lest a bound be lucky, when the last block moved the result by less than `sqrt(tol)`.
     """
     root = jnp.sqrt(xi)
     columns, largest = block.shape[1], counts[-1] * block.shape[1]
@@ -112,7 +112,7 @@ def krylov(
 
 
 def _grow(theta: Float[Array, "n n"], root: Float[Array, " n"], space: _Space, blocks: int) -> _Space:
-    """Extend the space to ``blocks`` blocks: one product with ``theta`` each."""
+    """Extend the space to `blocks` blocks: one product with `theta` each."""
     columns = space.block.shape[1]
     done = space.basis.shape[1] // columns
     room = ((0, 0), (0, (blocks - done) * columns))
@@ -137,7 +137,7 @@ def _grow(theta: Float[Array, "n n"], root: Float[Array, " n"], space: _Space, b
 
 
 def _project(root: Float[Array, " n"], space: _Space, beta: Float[Array, "c c"], tol: float) -> _Answer:
-    """Solve in the space and test the result (see ``krylov``)."""
+    """Solve in the space and test the result (see `krylov`)."""
     columns, dtype = beta.shape[0], beta.dtype
     projected = _matmul(space.basis.T, root[:, None] * space.images)
     values, vectors, weights, result = _solve_projected(projected, beta)
@@ -162,7 +162,7 @@ def _project(root: Float[Array, " n"], space: _Space, beta: Float[Array, "c c"],
 def _solve_projected(
     projected: Float[Array, "k k"], beta: Float[Array, "c c"]
 ) -> tuple[Float[Array, " k"], Float[Array, "k k"], Float[Array, "k c"], Float[Array, "k c"]]:
-    """Ritz values and vectors, ``alpha = U^T E_1 beta``, and ``phi(T) E_1 beta``."""
+    """Ritz values and vectors, `alpha = U^T E_1 beta`, and `phi(T) E_1 beta`."""
     values, vectors = jnp.linalg.eigh((projected + projected.T) / 2)
     values = jnp.maximum(values, jnp.zeros_like(values))
     weights = _matmul(vectors[: beta.shape[0]].T, beta)
@@ -172,9 +172,9 @@ def _solve_projected(
 def rounding_error(
     values: Float[Array, " k"], weights: Float[Array, "k c"], size: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """Estimate what rounding does to ``phi(S) D^1/2 Y``: a backward error of ``eps |S|`` in ``S``, plus the last digit.
+    """Estimate what rounding does to `phi(S) D^1/2 Y`: a backward error of `eps |S|` in `S`, plus the last digit.
 
-    ``eps |S| int_0^1 (1 - s) |e^{-sS} D^1/2 Y| ds + 16 eps |phi(S) D^1/2 Y|``.
+    `eps |S| int_0^1 (1 - s) |e^{-sS} D^1/2 Y| ds + 16 eps |phi(S) D^1/2 Y|`.
     """
     nodes, measure = _graded_quadrature(values[-1])
     squares = jnp.sum(weights**2, axis=1)
@@ -183,12 +183,12 @@ def rounding_error(
 
 
 def relative(error: Float[Array, ""], size: Float[Array, ""]) -> Float[Array, ""]:
-    """``error / size``, 0 for an exact zero."""
+    """`error / size`, 0 for an exact zero."""
     return jnp.where(error == 0, jnp.zeros_like(error), error / jnp.where(error == 0, jnp.ones_like(size), size))
 
 
 def _graded_quadrature(largest: Float[Array, ""]) -> tuple[Float[Array, " j"], Float[Array, " j"]]:
-    """Nodes for ``int_0^1 (1 - s) f(s) ds``, where ``f`` changes on every scale from ``1 / largest`` to 1."""
+    """Nodes for `int_0^1 (1 - s) f(s) ds`, where `f` changes on every scale from `1 / largest` to 1."""
     one = jnp.ones_like(largest)
     lowest = one / jnp.maximum(largest, one)
     head, head_weights = (jnp.asarray(part, largest.dtype) for part in _HEAD)
@@ -203,7 +203,7 @@ def _graded_quadrature(largest: Float[Array, ""]) -> tuple[Float[Array, " j"], F
 def _orthonormal(
     block: Float[Array, "n c"], floor: Float[Array, ""]
 ) -> tuple[Float[Array, "n c"], Float[Array, "c c"], Bool[Array, " c"]]:
-    """``block = X B`` with orthonormal or, from the first singular value at or below ``floor`` on, zero columns."""
+    """`block = X B` with orthonormal or, from the first singular value at or below `floor` on, zero columns."""
     orthogonal, triangle = jnp.linalg.qr(block)
     left, sizes, right = jnp.linalg.svd(triangle)
     lost = sizes <= floor  # False for NaN, which must stay visible
@@ -212,7 +212,7 @@ def _orthonormal(
 
 
 def _without(basis: Float[Array, "n k"], block: Float[Array, "n c"]) -> Float[Array, "n c"]:
-    """Return the part of ``block`` orthogonal to ``basis``."""
+    """Return the part of `block` orthogonal to `basis`."""
     return block - _matmul(basis, _matmul(basis.T, block))
 
 

@@ -1,20 +1,22 @@
 r"""phi(S) y and its exact derivatives: the one linear-algebra operation behind the closed form.
 
-With ``D = diag(xi) >= 0`` and ``S = D^1/2 Theta D^1/2``, the closed form of adversarial training (Fu & Wang, ICLR 2024,
+With `D = diag(xi) >= 0` and `S = D^1/2 Theta D^1/2`, the closed form of adversarial training (Fu & Wang, ICLR 2024,
 arXiv 2310.06112) needs
 
-``u = Theta^-1 (I - exp(-Theta D)) Y = D^1/2 phi(S) D^1/2 Y``,    ``phi(s) = (1 - e^-s) / s``.
+`u = Theta^-1 (I - exp(-Theta D)) Y = D^1/2 phi(S) D^1/2 Y`,    `phi(s) = (1 - e^-s) / s`.
 
-The right-hand side needs no inverse and no matrix exponential, never overflows, and holds for singular ``Theta`` and
-for zeros in ``D``. The prediction at ``x`` is ``Theta(x, X) u``.
+The right-hand side needs no inverse and no matrix exponential, never overflows, and holds for singular `Theta` and
+for zeros in `D`. The prediction at `x` is `Theta(x, X) u`.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
@@ -32,12 +34,12 @@ Method = Literal["krylov", "eigh"]
 
 
 class PhiSolution(NamedTuple):
-    """What ``solve`` found, and how.
+    """What `solve` found, and how.
 
-    ``coefficients`` is u. ``products`` counts products of ``theta`` with a block of ``c`` columns. ``error_bound``
-    bounds ``|D^-1/2 (error of u)| / |D^-1/2 u|``: truncation of the Krylov space plus rounding of the order eps |S|.
-    ``converged`` says whether the answer meets the tolerance, ``fell_back`` whether that took the eigendecomposition
-    although Krylov was asked for. Only ``coefficients`` carries a gradient.
+    `coefficients` is u. `products` counts products of `theta` with a block of `c` columns. `error_bound`
+    bounds `|D^-1/2 (error of u)| / |D^-1/2 u|`: truncation of the Krylov space plus rounding of the order eps |S|.
+    `converged` says whether the answer meets the tolerance, `fell_back` whether that took the eigendecomposition
+    although Krylov was asked for. Only `coefficients` carries a gradient.
     """
 
     coefficients: Float[Array, "n c"]
@@ -49,7 +51,7 @@ class PhiSolution(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """How to solve; static under ``jit``."""
+    """How to solve; static under `jit`."""
 
     method: Method
     tol: float
@@ -67,9 +69,9 @@ def training_coefficients(
     max_blocks: int = 48,
     fallback: bool = True,
 ) -> Float[Array, "n c"]:
-    """``u = D^1/2 phi(D^1/2 Theta D^1/2) D^1/2 Y``: ``solve`` for those who need the coefficients only.
+    """`u = D^1/2 phi(D^1/2 Theta D^1/2) D^1/2 Y`: `solve` for those who need the coefficients only.
 
-    Calling ``jax.vjp`` on it runs one Krylov solve forward and one for the cotangent; the forward one is not repeated.
+    Calling `jax.vjp` on it runs one Krylov solve forward and one for the cotangent; the forward one is not repeated.
     """
     solution = _solve_checked(theta, xi, targets, method, tol, max_blocks, fallback)
     return solution.coefficients
@@ -85,28 +87,28 @@ def solve(
     max_blocks: int = 48,
     fallback: bool = True,
 ) -> PhiSolution:
-    r"""``u = D^1/2 phi(S) D^1/2 Y`` with its diagnostics, in the dtype of the arguments.
+    r"""`u = D^1/2 phi(S) D^1/2 Y` with its diagnostics, in the dtype of the arguments.
 
-    ``theta`` (n, n) is symmetric positive semi-definite (negative Ritz values are read as rounding, hence as 0), ``xi``
-    (n,) holds the non-negative entries of D, ``targets`` (n, c). Works under ``jit``, ``vmap`` and ``grad``; under
-    ``vmap`` the stopping test no longer saves work.
+    `theta` (n, n) is symmetric positive semi-definite (negative Ritz values are read as rounding, hence as 0), `xi`
+    (n,) holds the non-negative entries of D, `targets` (n, c). Works under `jit`, `grad` and `vmap`; the
+    problems of a `vmap` are solved one after another, each to its own stopping point.
 
-    ``method="krylov"`` grows a block Krylov space to at most ``max_blocks`` blocks (one product with ``theta`` each)
-    until the relative error is below ``tol`` (1e-10 in float64, 1e-5 in float32) or below what rounding allows. Where
-    that is not reached, or where the space would be no smaller than the problem, ``fallback=True`` takes the
-    eigendecomposition (with a ``RuntimeWarning`` outside ``jit``) and ``fallback=False`` returns the best
-    answer with ``converged=False``; a gradient that rests on a Krylov space that did not converge is then NaN.
-    ``method="eigh"`` always takes the eigendecomposition.
+    `method="krylov"` grows a block Krylov space to at most `max_blocks` blocks (one product with `theta` each)
+    until the relative error is below `tol` (1e-10 in float64, 1e-5 in float32) or below what rounding allows. Where
+    that is not reached, or where the space would be no smaller than the problem, `fallback=True` takes the
+    eigendecomposition (with a `RuntimeWarning` outside `jit`) and `fallback=False` returns the best
+    answer with `converged=False`; a gradient that rests on a Krylov space that did not converge is then NaN.
+    `method="eigh"` always takes the eigendecomposition.
 
-    The gradient is exact in ``xi`` and ``targets``, also where ``xi`` is 0 and where eigenvalues repeat. With ``G`` the
+    The gradient is exact in `xi` and `targets`, also where `xi` is 0 and where eigenvalues repeat. With `G` the
     cotangent of u,
 
-    ``dL/dxi_i = int_0^1 sum_c r_ic(t) s_ic(1-t) dt``,    ``r(t) = exp(-t Theta D) Y``,    ``s(t) = exp(-t Theta D) G``,
+    `dL/dxi_i = int_0^1 sum_c r_ic(t) s_ic(1-t) dt`,    `r(t) = exp(-t Theta D) Y`,    `s(t) = exp(-t Theta D) G`,
 
-    and ``dL/dY = D^1/2 phi(S) D^1/2 G``. The integral is summed in closed form over the two eigenbases.
+    and `dL/dY = D^1/2 phi(S) D^1/2 G`. The integral is summed in closed form over the two eigenbases.
 
-    Raises ``ValueError`` for shapes that do not match, a negative ``xi`` (outside ``jit``) or settings out of range,
-    ``TypeError`` for dtypes that are not one floating dtype, ``NotImplementedError`` for a gradient in ``theta``.
+    Raises `ValueError` for shapes that do not match, a negative `xi` (outside `jit`) or settings out of range,
+    `TypeError` for dtypes that are not one floating dtype, `NotImplementedError` for a gradient in `theta`.
     """
     return _solve_checked(theta, xi, targets, method, tol, max_blocks, fallback)
 
@@ -133,6 +135,7 @@ def _solve_checked(
     counts = _lanczos.stages(targets.shape[0], targets.shape[1], max_blocks) if method == "krylov" else ()
     settings = _Settings(method=method, tol=float(tol), counts=counts, fallback=fallback)
     solution = _compiled(settings, theta, xi, targets)
+    solution = solution._replace(error_bound=lax.stop_gradient(solution.error_bound))
 
     cut_short = bool(counts) and counts[-1] == max_blocks
     if cut_short and not isinstance(solution.fell_back, Tracer) and bool(solution.fell_back):
@@ -184,9 +187,14 @@ def _forward(
     return PhiSolution(coefficients, run.products, bound, yes, ~run.converged), kept
 
 
+def _one_by_one(function: Callable, *arguments: Any) -> Any:
+    """Call `function`; under `vmap` in a loop, as a batched `lax.cond` would take every branch for everyone."""
+    return jax.custom_batching.sequential_vmap(function)(*arguments)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _solve(settings: _Settings, theta: Array, xi: Array, targets: Array) -> PhiSolution:
-    return _forward(settings, theta, xi, targets)[0]
+    return _one_by_one(partial(_forward, settings), theta, xi, targets)[0]
 
 
 def _solve_fwd(settings: _Settings, theta: CustomVJPPrimal, xi: CustomVJPPrimal, targets: CustomVJPPrimal):
@@ -195,8 +203,9 @@ def _solve_fwd(settings: _Settings, theta: CustomVJPPrimal, xi: CustomVJPPrimal,
             "the coefficients are differentiable in xi and targets, not in theta; wrap theta in jax.lax.stop_gradient "
             "if the Gram matrix is meant to be a constant"
         )
-    solution, kept = _forward(settings, theta.value, xi.value, targets.value)
-    return solution, (theta.value, xi.value, targets.value, kept)
+    arguments = theta.value, xi.value, targets.value
+    solution, kept = _one_by_one(partial(_forward, settings), *arguments)
+    return solution, (*arguments, kept)
 
 
 def _solve_bwd(settings: _Settings, residuals: tuple, cotangent: PhiSolution):
@@ -204,9 +213,21 @@ def _solve_bwd(settings: _Settings, residuals: tuple, cotangent: PhiSolution):
     outer = cotangent[0]
     if isinstance(outer, SymbolicZero):
         return None, jnp.zeros_like(xi), jnp.zeros_like(targets)
+    return None, *_one_by_one(partial(_backward, settings), theta, xi, targets, kept, outer)
+
+
+def _backward(
+    settings: _Settings,
+    theta: Float[Array, "n n"],
+    xi: Float[Array, " n"],
+    targets: Float[Array, "n c"],
+    kept: tuple,
+    outer: Float[Array, "n c"],
+) -> tuple[Float[Array, " n"], Float[Array, "n c"]]:
+    """`dL/dxi` and `dL/dY` from what the forward solution kept and a solution for the cotangent."""
     if not settings.counts:
         values, vectors = kept
-        return None, *_eigen_gradient(values, vectors, theta, xi, targets, outer)
+        return _eigen_gradient(values, vectors, theta, xi, targets, outer)
     projection, stage, converged = kept
     adjoint = _lanczos.krylov(theta, xi, outer, settings.counts, settings.tol)
     columns = targets.shape[1]
@@ -230,7 +251,7 @@ def _solve_bwd(settings: _Settings, residuals: tuple, cotangent: PhiSolution):
             return _eigen_gradient(values, vectors, theta, xi, targets, outer)
         return jnp.full_like(xi, jnp.nan), jnp.full_like(targets, jnp.nan)
 
-    return None, *lax.cond(converged & adjoint.converged, from_projections, otherwise)
+    return lax.cond(converged & adjoint.converged, from_projections, otherwise)
 
 
 _solve.defvjp(_solve_fwd, _solve_bwd, symbolic_zeros=True)
@@ -240,9 +261,9 @@ _compiled = jax.jit(_solve, static_argnums=0)
 def _xi_gradient(
     targets: Float[Array, "n c"], outer: Float[Array, "n c"], left: Projection, right: Projection
 ) -> Float[Array, " n"]:
-    """``int_0^1 sum_c r_ic(t) s_ic(1-t) dt`` from ``r = Y - P h_a(t) alpha`` and ``s = G - Q h_b(t) beta``.
+    """`int_0^1 sum_c r_ic(t) s_ic(1-t) dt` from `r = Y - P h_a(t) alpha` and `s = G - Q h_b(t) beta`.
 
-    ``sum_c [Y G - Y (Q H_b beta) - G (P H_a alpha)] + sum_ab P_ia M_ab (alpha beta^T)_ab Q_ib``.
+    `sum_c [Y G - Y (Q H_b beta) - G (P H_a alpha)] + sum_ab P_ia M_ab (alpha beta^T)_ab Q_ib`.
     """
     seen = _matmul(left.images, growth_mean(left.values)[:, None] * left.weights)
     outer_seen = _matmul(right.images, growth_mean(right.values)[:, None] * right.weights)
@@ -254,7 +275,7 @@ def _xi_gradient(
 
 
 def _eigensystem(theta: Float[Array, "n n"], xi: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
-    """Eigenvalues (negative ones read as 0) and eigenvectors of ``D^1/2 Theta D^1/2``."""
+    """Eigenvalues (negative ones read as 0) and eigenvectors of `D^1/2 Theta D^1/2`."""
     root = jnp.sqrt(xi)
     scaled = root[:, None] * theta * root[None, :]
     values, vectors = jnp.linalg.eigh((scaled + scaled.T) / 2)
@@ -264,7 +285,7 @@ def _eigensystem(theta: Float[Array, "n n"], xi: Float[Array, " n"]) -> tuple[Fl
 def _eigen_solution(
     values: Float[Array, " n"], vectors: Float[Array, "n n"], xi: Float[Array, " n"], targets: Float[Array, "n c"]
 ) -> tuple[Float[Array, "n c"], Float[Array, ""]]:
-    """``u`` and the relative effect of rounding on it."""
+    """`u` and the relative effect of rounding on it."""
     root = jnp.sqrt(xi)[:, None]
     weights = _matmul(vectors.T, root * targets)
     result = phi(values)[:, None] * weights
@@ -281,7 +302,7 @@ def _eigen_gradient(
     targets: Float[Array, "n c"],
     outer: Float[Array, "n c"],
 ) -> tuple[Float[Array, " n"], Float[Array, "n c"]]:
-    """``dL/dxi`` and ``dL/dY`` with the full eigenbasis as both Krylov spaces."""
+    """`dL/dxi` and `dL/dY` with the full eigenbasis as both Krylov spaces."""
     root = jnp.sqrt(xi)[:, None]
     images = _matmul(theta, root * vectors)
     left = Projection(images, values, _matmul(vectors.T, root * targets))
