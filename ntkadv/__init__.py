@@ -1,1 +1,43 @@
-"""ntkadv: the neural tangent kernel theory of adversarial training, in JAX."""
+"""ntkadv: the neural tangent kernel theory of adversarial training, in JAX.
+
+The rooms: `architectures` (one definition, finite network and infinite-width kernel), `gram` (kernel matrices),
+`dynamics` (closed forms), `attacks`, `adv_ntk`, `evaluation`, `runs` and `plots`. See the README for the whole house.
+"""
+
+from importlib.metadata import version
+
+from ntkadv import architectures, attacks, dynamics, plots, runs
+from ntkadv.adv_ntk import AdvNTKFit, fit_adv_ntk
+from ntkadv.data import Dataset, DatasetNotFoundError, load_dataset, targets
+from ntkadv.dynamics import RidgeRegression, TrainingDynamics
+from ntkadv.evaluation import Evaluation, Report, compare, evaluate, wilson_interval
+from ntkadv.kernels import gram
+from ntkadv.predictors import KernelPredictor
+from ntkadv.selection import RobustnessPath, robustness_path
+
+__version__ = version("ntkadv")
+
+__all__ = [
+    "AdvNTKFit",
+    "Dataset",
+    "DatasetNotFoundError",
+    "Evaluation",
+    "KernelPredictor",
+    "Report",
+    "RidgeRegression",
+    "RobustnessPath",
+    "TrainingDynamics",
+    "architectures",
+    "attacks",
+    "compare",
+    "dynamics",
+    "evaluate",
+    "fit_adv_ntk",
+    "gram",
+    "load_dataset",
+    "plots",
+    "robustness_path",
+    "runs",
+    "targets",
+    "wilson_interval",
+]

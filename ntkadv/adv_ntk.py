@@ -169,8 +169,7 @@ def fit_adv_ntk(
         raise ValueError("gram must be finite, but has entries that are NaN or infinite; check x_train")
 
     ways = PARAMETRIZATIONS[parametrization]
-    if initial is None:
-        initial = learning_rate / np.sqrt(n) if parametrization == "squared" else 0.0
+    begin = (learning_rate / n**0.5 if parametrization == "squared" else 0.0) if initial is None else float(initial)
     count = round(held_out * len(data.x_val))
     order = np.random.default_rng(0).permutation(len(data.x_val))
     watched, pool = order[:count], order[count:]
@@ -179,7 +178,7 @@ def fit_adv_ntk(
         learning_rate=learning_rate,
         batch_size=min(batch_size, len(pool)),
         parametrization=parametrization,
-        initial=float(initial),
+        initial=begin,
         held_out=count,
         held_out_every=held_out_every,
         method=method,

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ntkadv._typing import AnyArray
-from ntkadv.evaluation import Report, wilson_interval
+from ntkadv.report import Report, wilson_interval
 from ntkadv.selection import RobustnessPath
 
 __all__ = [
@@ -58,7 +58,7 @@ def over_time(
         ("robust", path.robust, limit and limit.robust, VERMILION, "--", "s"),
     )
     for name, accuracy, end, colour, style, marker in curves:
-        low, high = wilson_interval(np.round(accuracy * path.n).astype(int), path.n)
+        low, high = np.array([wilson_interval(round(a * path.n), path.n) for a in accuracy.tolist()]).T
         axes.fill_between(path.values, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(path.values, accuracy, style, color=colour, marker=marker, markersize=3.5, label=f"{name} accuracy")
         if end is not None:
