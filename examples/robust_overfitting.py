@@ -1,6 +1,6 @@
 """Robust overfitting at infinite width, and what stops it: from images to figures.
 
-An infinitely wide network is trained for a time t (closed form). Early, its accuracy under attack rises; late, it falls,
+An infinitely wide network is trained for a time t (closed form). Early, its accuracy under attack rises; late it falls,
 and the longer adversarial training goes on, the nearer it ends to training without attacks (Fu & Wang, ICLR 2024,
 arXiv 2310.06112). Early stopping, ridge regression and Adv-NTK are held against that limit, all chosen on validation
 images, all judged by the same attacks on test images.
@@ -101,7 +101,7 @@ def one_seed(config: Config, seed: int, run: na.runs.Run, console: Console) -> n
     dynamics = na.TrainingDynamics(arch, data.x_train, data.targets_train, gram=gram)
     ridge = na.RidgeRegression(arch, data.x_train, data.targets_train, gram=gram)
     # The spectrum tells all time scales: the fastest direction is learnt at 1 / largest eigenvalue, the slowest last.
-    smallest, largest = (max(float(dynamics.eigenvalues[i]), 1e-6) for i in (0, -1))
+    smallest, largest = (max(float(dynamics.spectrum.values[i]), 1e-6) for i in (0, -1))
     times = np.geomspace(0.3 / largest, 10 / smallest, config.times)
     ridges = np.geomspace(smallest / 10, largest, config.times)[::-1]
 

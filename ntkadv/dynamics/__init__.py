@@ -1,17 +1,19 @@
 """Closed-form training dynamics of infinitely wide networks, with and without attacks."""
 
 from ntkadv.dynamics.closed_form import GaussianProcess, RidgeRegression, TrainingDynamics
+from ntkadv.dynamics.flow import closed_form_gap, integrate_flow
 from ntkadv.dynamics.phi import PhiSolution, phi, solve, training_coefficients
-from ntkadv.dynamics.regularization import amplification, regularization
+from ntkadv.dynamics.regularization import Regularization
 
 __all__ = [
     "GaussianProcess",
     "PhiSolution",
+    "Regularization",
     "RidgeRegression",
     "TrainingDynamics",
-    "amplification",
+    "closed_form_gap",
+    "integrate_flow",
     "phi",
-    "regularization",
     "solve",
     "training_coefficients",
 ]

@@ -1,0 +1,138 @@
+r"""The true training flows, integrated step by step: what the closed form is checked against.
+
+Adversarial training with rates `E(t) = diag(E_i(t))` moves the residual `r = y - f` of the training set by
+
+`r' = -Theta E(t) r`,    `r(0) = Y`.
+
+The closed form `exp(-Theta Xi(t)) Y` with `Xi(t) = int_0^t E` (Fu & Wang, ICLR 2024, arXiv 2310.06112) solves this if and
+only if `Theta E(t)` commutes with its own integral: for constant rates, and for `E(t) = g(t) E(0)`. With rates that vary
+differently from sample to sample it is an approximation, and `closed_form_gap` says how good.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from ntkadv._checks import require_finite
+from ntkadv._typing import AnyArray
+from ntkadv.dynamics._spectral import checked_gram
+from ntkadv.dynamics.phi import training_coefficients
+from ntkadv.dynamics.regularization import effective_time
+
+Rates: TypeAlias = Float[AnyArray, " n"] | Callable[[Any], Any]
+
+_STIFF = 1e3
+
+
+def integrate_flow(
+    theta: Float[AnyArray, "n n"],
+    targets: Float[AnyArray, "n c"],
+    rates: Rates,
+    times: Sequence[float] | Float[np.ndarray, " t"],
+    *,
+    rtol: float = 1e-11,
+    max_steps: int = 100_000,
+) -> Float[np.ndarray, "t n c"]:
+    """Residuals `r(t)` of `r' = -Theta E(t) r`, `r(0) = Y`, at the given times, by an ODE solver in float64.
+
+    `rates` is an array (n,), or a function of time that JAX can trace and that returns one. Dopri8 for a flow with
+    `max(Theta E) * time` below 1,000, the implicit Kvaerno5 beyond; the latter solves dense systems of size n c, so this
+    is for small problems.
+
+    Raises `ValueError` for shapes that do not match, entries that are not finite, and times that are negative, infinite
+    or NaN; `RuntimeError` where the solver takes more than `max_steps` steps.
+    """
+    theta, targets, times = _checked(theta, targets, times)
+    order, back = np.unique(times, return_inverse=True)
+    if order[-1] == 0:
+        return np.broadcast_to(targets, (len(times), *targets.shape)).copy()
+    rate = _rate_function(rates, len(targets))
+    fastest = max(float(np.max(rate(t))) for t in np.linspace(0.0, order[-1], 9))
+    stiff = float(np.linalg.norm(theta, 2)) * fastest * order[-1] > _STIFF
+
+    with jax.enable_x64(True):
+        kernel = jnp.asarray(theta)
+
+        def slope(t: Any, residual: Any, _: Any) -> Any:
+            return -kernel @ (jnp.asarray(rate(t), jnp.float64)[:, None] * residual)
+
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(slope),
+            diffrax.Kvaerno5() if stiff else diffrax.Dopri8(),
+            t0=0.0,
+            t1=float(order[-1]),
+            dt0=None,
+            y0=jnp.asarray(targets),
+            saveat=diffrax.SaveAt(ts=jnp.asarray(order)),
+            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=rtol * 1e-2),
+            max_steps=max_steps,
+            throw=False,
+        )
+        if solution.result != diffrax.RESULTS.successful:
+            raise RuntimeError(
+                f"the flow could not be integrated to time {order[-1]:g} within {max_steps} steps "
+                f"({'Kvaerno5' if stiff else 'Dopri8'}); allow more with max_steps, or loosen rtol."
+            )
+        assert solution.ys is not None
+        return np.asarray(solution.ys)[back]
+
+
+def closed_form_gap(
+    theta: Float[AnyArray, "n n"],
+    targets: Float[AnyArray, "n c"],
+    rates: Rates,
+    times: Sequence[float] | Float[np.ndarray, " t"],
+) -> Float[np.ndarray, " t"]:
+    """`|exp(-Theta Xi(t)) Y - r(t)| / |r(t)|` at each time: how far the closed form is from the true flow.
+
+    Raises as `integrate_flow`.
+    """
+    true = integrate_flow(theta, targets, rates, times)
+    theta, targets, times = _checked(theta, targets, times)
+    rate = _rate_function(rates, len(targets))
+    closed = []
+    with jax.enable_x64(True):
+        for time in times:
+            xi = effective_time(rate, float(time)) if callable(rates) else time * np.asarray(rate(0.0), np.float64)
+            coefficients = training_coefficients(theta, xi, targets, method="eigh")
+            closed.append(targets - theta @ np.asarray(coefficients))
+    return np.linalg.norm(np.stack(closed) - true, axis=(1, 2)) / np.linalg.norm(true, axis=(1, 2))
+
+
+def _checked(
+    theta: AnyArray, targets: AnyArray, times: Sequence[float] | np.ndarray
+) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "n c"], Float[np.ndarray, " t"]]:
+    if np.ndim(targets) != 2 or 0 in np.shape(targets):
+        raise ValueError(f"targets must have shape (n, c), got {np.shape(targets)}.")
+    require_finite("targets", targets)
+    theta = checked_gram("theta", theta, len(targets)).astype(np.float64)
+    times = np.asarray(times, np.float64)
+    if times.ndim != 1 or times.size == 0:
+        raise ValueError(f"times must be a non-empty list of numbers, got shape {times.shape}.")
+    if not np.all((times >= 0) & np.isfinite(times)):
+        raise ValueError(f"times must be finite and not negative, got {times}.")
+    return theta, np.asarray(targets, np.float64), times
+
+
+def _rate_function(rates: Rates, n: int) -> Callable[[Any], Any]:
+    """`rates` as a function of time; checked at time 0."""
+    if callable(rates):
+        function = rates
+    else:
+        fixed = np.asarray(rates, np.float64)
+
+        def function(_: Any) -> Any:
+            return fixed
+
+    first = np.asarray(function(0.0), np.float64)
+    if first.shape != (n,):
+        raise ValueError(f"rates must have shape ({n},), one for each row of targets, got {first.shape}.")
+    require_finite("rates", first)
+    if np.any(first < 0):
+        raise ValueError(f"rates must not be negative, got a smallest entry of {first.min():g}.")
+    return function
