@@ -8,7 +8,7 @@ admissible (k, v1, v2), coincident inputs (k = v1 = v2) and vanishing variances 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,13 @@ __all__ = ["Activation", "Erf", "Gelu", "Relu"]
 
 @dataclasses.dataclass(frozen=True)
 class Activation(Layer):
-    """A nonlinearity, applied to each feature."""
+    """A nonlinearity, applied to each feature.
+
+    Attributes:
+        residuals: arrays, of the size of the covariance, that the reverse mode keeps for `moments`; it may be too high.
+    """
+
+    residuals: ClassVar[int] = 20
 
     def function(self, x: Array) -> Array:
         """Evaluate phi(x)."""
@@ -32,6 +38,10 @@ class Activation(Layer):
     def moments(self, k: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
         """Give E[phi(u) phi(v)] and E[phi'(u) phi'(v)] for (u, v) ~ N(0, [[v1, k], [k, v2]])."""
         raise NotImplementedError
+
+    def second_moment(self, v: Array) -> Array:
+        """Give E[phi(u)^2] for u ~ N(0, v)."""
+        return self.moments(v, v, v)[0]
 
     def init(self, key: Array, shape: tuple[int, ...]) -> Any:
         """Activations have no parameters."""
@@ -43,12 +53,14 @@ class Activation(Layer):
 
     def propagate(self, covariance: Covariance) -> Covariance:
         """Map the covariances through phi."""
-        return covariance.activate(self.moments)
+        return covariance.activate(self.moments, self.second_moment)
 
 
 @dataclasses.dataclass(frozen=True)
 class Relu(Activation):
     """max(x, 0). The moments are the arc-cosine kernels of Cho & Saul (2009)."""
+
+    residuals: ClassVar[int] = 8
 
     def function(self, x: Array) -> Array:
         """Evaluate max(x, 0)."""
@@ -62,12 +74,16 @@ class Relu(Activation):
         """
         return _relu_moments(k, v1, v2)
 
+    def second_moment(self, v: Array) -> Array:
+        """Half of the variance."""
+        return v * _constant(0.5, v)
+
 
 @jax.custom_jvp
 def _relu_moments(k: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
-    norm, cosine, sine = _angle(k, v1, v2)
+    cosine, area = _angle(k, v1, v2)
     derivative = (_constant(np.pi, k) - _arccos(cosine)) * _constant(0.5 / np.pi, k)
-    return norm * sine * _constant(0.5 / np.pi, k) + k * derivative, derivative
+    return area * _constant(0.5 / np.pi, k) + k * derivative, derivative
 
 
 @_relu_moments.defjvp
@@ -75,25 +91,29 @@ def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Any, Any
     k, v1, v2 = primals
     dk, dv1, dv2 = tangents
     value, derivative = _relu_moments(k, v1, v2)
-    norm, _, sine = _angle(k, v1, v2)
-    d_log_norm = dv1 * _reciprocal(v1) + dv2 * _reciprocal(v2)
-    d_value = derivative * dk + norm * sine * _constant(0.25 / np.pi, k) * d_log_norm
-    slope = _reciprocal(norm * sine) * _constant(0.5 / np.pi, k)
-    d_derivative = slope * (dk - _constant(0.5, k) * k * d_log_norm)
+    _, area = _angle(k, v1, v2)
+    d_log_norm = (dv1 * _reciprocal(v1) + dv2 * _reciprocal(v2)) * _constant(0.5, k)
+    d_value = derivative * dk + area * _constant(0.5 / np.pi, k) * d_log_norm
+    d_derivative = (_reciprocal(area) * _constant(0.5 / np.pi, k)) * (dk - k * d_log_norm)
     return (value, derivative), (d_value, d_derivative)
 
 
-def _angle(k: Array, v1: Array, v2: Array) -> tuple[Array, Array, Array]:
-    """Norm sqrt(v1 v2), cosine and sine of the angle; inputs parallel to within rounding count as parallel."""
-    product = v1 * v2
-    has_norm = product > 0
-    norm = jnp.where(has_norm, jnp.sqrt(jnp.where(has_norm, product, jnp.ones_like(product))), jnp.zeros_like(product))
-    cosine = k * _reciprocal(norm)
-    one = jnp.ones_like(cosine)
+def _angle(k: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
+    """Cosine of the angle, and sqrt(v1 v2) times its sine; inputs parallel to within rounding count as parallel."""
+    norm = _sqrt(v1) * _sqrt(v2)
+    one = jnp.ones_like(norm)
+    # A division, which XLA:CPU keeps where it would compute a product again for every sum over pairs in the gradient.
+    cosine = k / jnp.where(norm > 0, norm, one)
     parallel = jnp.abs(cosine) > one - _constant(4 * float(jnp.finfo(k.dtype).eps), k)
     cosine = jnp.where(parallel, jnp.sign(cosine), cosine)
     squared_sine = jnp.where(parallel, one, (one - cosine) * (one + cosine))
-    return norm, cosine, jnp.where(parallel, jnp.zeros_like(cosine), jnp.sqrt(squared_sine))
+    return cosine, norm * jnp.where(parallel, jnp.zeros_like(cosine), jnp.sqrt(squared_sine))
+
+
+def _sqrt(x: Array) -> Array:
+    """sqrt(x), and 0 (with derivative 0) at 0."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, jnp.ones_like(x))), jnp.zeros_like(x))
 
 
 def _reciprocal(x: Array) -> Array:
@@ -130,21 +150,25 @@ def _arccos(cosine: Array) -> Array:
 class Erf(Activation):
     """erf(x). The moments are those of Williams (1997)."""
 
+    residuals: ClassVar[int] = 10
+
     def function(self, x: Array) -> Array:
         """Evaluate erf(x)."""
         return jax.scipy.special.erf(x)
 
     def moments(self, k: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
         r"""With p = (1 + 2 v1)(1 + 2 v2): 2/pi arcsin(2k / sqrt(p)) and 4/pi / sqrt(p - 4 k^2)."""
-        one, two = _constant(1, k), _constant(2, k)
+        one, two = _constant(1.0, k), _constant(2.0, k)
         product = (one + two * v1) * (one + two * v2)
         value = jnp.arcsin(two * k * jax.lax.rsqrt(product)) * _constant(2 / np.pi, k)
-        return value, jax.lax.rsqrt(product - _constant(4, k) * k * k) * _constant(4 / np.pi, k)
+        return value, jax.lax.rsqrt(product - _constant(4.0, k) * k * k) * _constant(4 / np.pi, k)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gelu(Activation):
     """x Phi(x), with Phi the normal distribution function: the exact GELU, not its tanh approximation."""
+
+    residuals: ClassVar[int] = 17
 
     def function(self, x: Array) -> Array:
         """Evaluate x Phi(x)."""
@@ -159,14 +183,14 @@ class Gelu(Activation):
             E[phi phi] = k o + g (v1 v2 - k^2 v1 / a + k^2 / b)
         and E[phi' phi'] its derivative in k, in which do/dk = g and dg/dk = k g / (ab - k^2).
         """
-        a, b = _constant(1, k) + v1, _constant(1, k) + v2
+        a, b = _constant(1.0, k) + v1, _constant(1.0, k) + v2
         rest = a * b - k * k
         density = jax.lax.rsqrt(rest) * _constant(0.5 / np.pi, k)
         orthant = _constant(0.25, k) + jnp.arcsin(k * jax.lax.rsqrt(a * b)) * _constant(0.5 / np.pi, k)
-        curvature = _constant(1, k) / b - v1 / a
+        curvature = _constant(1.0, k) / b - v1 / a
         bracket = v1 * v2 + k * k * curvature
         value = k * orthant + density * bracket
-        slope = orthant + k * density + density * (k * bracket / rest + _constant(2, k) * k * curvature)
+        slope = orthant + k * density + density * (k * bracket / rest + _constant(2.0, k) * k * curvature)
         return value, slope
 
 

@@ -63,18 +63,20 @@ class Covariance:
             layout=self.layout,
         )
 
-    def activate(self, moments: Callable[[Array, Array, Array], tuple[Array, Array]]) -> Covariance:
+    def activate(
+        self, moments: Callable[[Array, Array, Array], tuple[Array, Array]], second_moment: Callable[[Array], Array]
+    ) -> Covariance:
         """Pass through a nonlinearity phi: K -> E[phi(u) phi(v)], NTK -> NTK * E[phi'(u) phi'(v)].
 
-        `moments(k, v1, v2)` gives both expectations for (u, v) ~ N(0, [[v1, k], [k, v2]]).
+        `moments(k, v1, v2)` gives both expectations for (u, v) ~ N(0, [[v1, k], [k, v2]]); `second_moment(v)` gives
+        E[phi(u)^2] for u ~ N(0, v).
         """
-        v1, v2 = self._variances()
-        nngp, derivative = moments(self.nngp, v1, v2)
+        nngp, derivative = moments(self.nngp, *self._variances())
 
         def own(array: Array | None) -> Array | None:
-            if array is None:
-                return None
-            return Covariance(array, None, None, None, self.layout).activate(moments).nngp
+            if array is None or self.layout != "all pixels":
+                return None if array is None else second_moment(array)
+            return Covariance(array, None, None, None, self.layout).activate(moments, second_moment).nngp
 
         return Covariance(
             nngp=nngp,

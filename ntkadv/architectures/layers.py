@@ -44,6 +44,10 @@ class Layer:
         """Walk through the layers that this one is made of."""
         yield self
 
+    def leaves_at(self, shape: tuple[int, ...]) -> Iterator[tuple[Layer, tuple[int, ...]]]:
+        """Walk through them with the shape of the input of each, for an input of this shape to the whole."""
+        yield self, shape
+
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Layer):
@@ -245,6 +249,12 @@ class Serial(Layer):
         for layer in self.layers:
             yield from layer.leaves()
 
+    def leaves_at(self, shape: tuple[int, ...]) -> Iterator[tuple[Layer, tuple[int, ...]]]:
+        """Walk through all layers in order, with the shapes of their inputs."""
+        for layer in self.layers:
+            yield from layer.leaves_at(shape)
+            shape = layer.output_shape(shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class Residual(Layer):
@@ -294,6 +304,12 @@ class Residual(Layer):
         if self.shortcut is not None:
             yield from self.shortcut.leaves()
         yield from self.branch.leaves()
+
+    def leaves_at(self, shape: tuple[int, ...]) -> Iterator[tuple[Layer, tuple[int, ...]]]:
+        """Walk through the shortcut, then the branch, with the shapes of their inputs."""
+        if self.shortcut is not None:
+            yield from self.shortcut.leaves_at(shape)
+        yield from self.branch.leaves_at(shape)
 
 
 def required_layout(layer: Layer, input_shape: tuple[int, ...]) -> Layout:

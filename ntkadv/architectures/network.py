@@ -64,14 +64,23 @@ class Network(Architecture):
     def pair_bytes(self, input_shape: tuple[int, ...]) -> int:
         """Bound the float32 arrays alive at once, per pair, when the kernel and its input gradient are computed.
 
-        A value and four residuals for each nonlinearity, and eight arrays for the layer under work, each with one entry
-        per pixel (or pair of pixels, where pooling needs them).
+        Each has one entry per pixel (or pair of pixels, where pooling needs them): what the reverse mode keeps for a
+        nonlinearity, the shifted copies of a window over pairs of pixels, and two for the layer under work. The images
+        themselves are not counted. The coefficients are measured, from compiled programs.
         """
-        pixels = _pixels_per_leaf(self.layer, tuple(input_shape), all_pairs=self._keeps_all_pixels(input_shape))
-        if required_layout(self.layer, tuple(input_shape)) == "vector":
-            pixels = [(leaf, 1) for leaf, _ in pixels]
-        residuals = sum(5 * size for leaf, size in pixels if isinstance(leaf, Activation))
-        return 4 * (residuals + 8 * max(size for _, size in pixels))
+        layout = required_layout(self.layer, tuple(input_shape))
+
+        def entries(shape: tuple[int, ...]) -> int:
+            return 1 if layout == "vector" else int(np.prod(shape[:-1])) ** (2 if layout == "all pixels" else 1)
+
+        def arrays(leaf: Layer) -> int:
+            if isinstance(leaf, Activation):
+                return leaf.residuals
+            return 6 if layout == "all pixels" and isinstance(leaf, Conv) and leaf.kernel_size > 1 else 0
+
+        leaves = list(self.layer.leaves_at(tuple(input_shape)))
+        kept = sum(arrays(leaf) * entries(shape) for leaf, shape in leaves)
+        return 4 * (kept + 2 * max(entries(shape) for _, shape in leaves))
 
     def _keeps_all_pixels(self, input_shape: tuple[int, ...]) -> bool:
         return required_layout(self.layer, tuple(input_shape)) == "all pixels"
@@ -81,17 +90,3 @@ def _read(covariance: Covariance) -> Kernels:
     if covariance.layout != "vector":
         raise ValueError("the network ends in an image: end it in Flatten or GlobalAvgPool and Dense(num_classes)")
     return Kernels(covariance.nngp, jnp.zeros_like(covariance.nngp) if covariance.ntk is None else covariance.ntk)
-
-
-def _pixels_per_leaf(layer: Layer, shape: tuple[int, ...], *, all_pairs: bool) -> list[tuple[Layer, int]]:
-    """Pair every innermost layer with the number of covariances at its input; strides of branches count as passed."""
-
-    def count(s: tuple[int, ...]) -> int:
-        return int(np.prod(s[:-1])) ** (2 if all_pairs else 1)
-
-    sizes = []
-    for leaf in layer.leaves():
-        sizes.append((leaf, count(shape)))
-        if not isinstance(leaf, Conv) or leaf.stride == 1 or len(shape) == 3:
-            shape = leaf.output_shape(shape)
-    return sizes
