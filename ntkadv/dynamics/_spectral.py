@@ -1,20 +1,16 @@
 """One symmetric eigendecomposition on the host, in float64, and all that is read off it."""
 
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float
-from tqdm.auto import tqdm
 
 from ntkadv._checks import require_finite
 from ntkadv._typing import AnyArray
-
-if TYPE_CHECKING:
-    from ntkadv.architectures.base import Architecture
 
 _CHUNK_BYTES = 2**29
 
@@ -111,22 +107,10 @@ class SpectralModel:
     arithmetic these modes do not reach any prediction.
     """
 
-    def __init__(
-        self,
-        arch: "Architecture",
-        x_train: Float[AnyArray, "n h w ch"],
-        targets: Float[AnyArray, "n c"],
-        spectrum: Spectrum,
-        scale: Float[np.ndarray, " n"],
-        *,
-        progress: bool,
-    ):
-        self.arch = arch
-        self.x_train = x_train
+    def __init__(self, targets: Float[np.ndarray, "n c"], spectrum: Spectrum, scale: Float[np.ndarray, " n"]):
         self.spectrum = spectrum
         self.root = np.sqrt(scale)[:, None]
-        self.weights = spectrum.vectors.T @ (self.root * np.asarray(targets, np.float64))
-        self.progress = progress
+        self.weights = spectrum.vectors.T @ (self.root * targets)
 
     def coefficients(self, filters: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k n c"]:
         """`D^1/2 V diag(filter) V^T D^1/2 Y` for k filters, in one product."""
@@ -142,31 +126,13 @@ class SpectralModel:
         vectors, root = self.spectrum.vectors, self.root[:, 0]
         return ((cross.astype(np.float64) * root) @ vectors * kept) @ vectors.T * root
 
-    def predict(self, x: Float[AnyArray, "m h w ch"], filters: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k m c"]:
-        """`f(x)` for k filters; images and filters are taken in chunks of bounded memory."""
-        n, c = self.weights.shape
-        k, m = len(filters), len(x)
-        rows, columns = max(1, _CHUNK_BYTES // (8 * n)), max(1, _CHUNK_BYTES // (8 * n * c))
-        predictions = np.empty((k, m, c))
-        chunks = [slice(start, start + columns) for start in range(0, k, columns)]
-        solved = self.coefficients(filters) if len(chunks) == 1 else None
-        starts = range(0, m, rows)
-        for start in tqdm(starts, desc="predictions", disable=not self.progress or len(starts) == 1):
-            cross = cross_kernel(self.arch, x[start : start + rows], self.x_train, progress=self.progress)
-            for chunk in chunks:
-                coefficients = self.coefficients(filters[chunk]) if solved is None else solved
-                flat = np.moveaxis(coefficients, 0, 1).reshape(n, -1)
-                values = (cross.astype(np.float64) @ flat).reshape(len(cross), -1, c)
-                predictions[chunk, start : start + rows] = np.moveaxis(values, 1, 0)
-        return predictions
-
-
-def cross_kernel(
-    arch: "Architecture", x1: AnyArray, x2: AnyArray | None = None, *, kernel: str = "ntk", progress: bool = True
-) -> Float[np.ndarray, "m n"]:
-    """The kernel matrix of the architecture between two sets of images, or of one with itself."""
-    from ntkadv.kernels.gram import gram  # the rooms above the kernels load without them
-
-    if kernel == "ntk":
-        return gram(arch, x1, x2, kernel="ntk", progress=progress)
-    return gram(arch, x1, x2, kernel="nngp", progress=progress)
+    def apply(self, cross: Float[np.ndarray, "m n"], filters: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k m c"]:
+        """`f(x)` for k filters, given `Theta(x, X)`: one product, or a few where the coefficients would fill memory."""
+        (m, n), c = cross.shape, self.weights.shape[1]
+        cross = cross.astype(np.float64)
+        together = max(1, _CHUNK_BYTES // (8 * n * c))
+        parts = []
+        for start in range(0, len(filters), together):
+            flat = np.moveaxis(self.coefficients(filters[start : start + together]), 0, 1).reshape(n, -1)
+            parts.append(np.moveaxis((cross @ flat).reshape(m, -1, c), 1, 0))
+        return np.concatenate(parts)

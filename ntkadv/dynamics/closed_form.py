@@ -13,14 +13,15 @@ degenerates to the interpolant of standard training.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from tqdm.auto import tqdm
 
 from ntkadv._checks import require_finite, require_same_length
 from ntkadv._typing import AnyArray
-from ntkadv.dynamics._spectral import SpectralModel, Spectrum, checked_gram, cross_kernel, spectrum
+from ntkadv.dynamics._spectral import SpectralModel, Spectrum, checked_gram, spectrum
 from ntkadv.dynamics.regularization import Regularization
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ntkadv.predictors import KernelPredictor
 
 _ARK_BATCH = 128
+_CHUNK_BYTES = 2**29
 
 
 class GaussianProcess(NamedTuple):
@@ -43,7 +45,7 @@ class _Fit:
     def __init__(
         self,
         arch: "Architecture",
-        x_train: Float[AnyArray, "n h w ch"],
+        x_train: Float[AnyArray, "n *input"],
         targets: Float[AnyArray, "n c"],
         *,
         gram: Float[AnyArray, "n n"] | None,
@@ -64,7 +66,7 @@ class _Fit:
         """The NTK of the training images; computed at first use where it was not given."""
         if self._given is not None:
             return self._given
-        return checked_gram("gram", cross_kernel(self.arch, self.x_train, progress=self.progress), len(self.targets))
+        return checked_gram("gram", self._kernel(self.x_train), len(self.targets))
 
     @property
     def _scale(self) -> Float[np.ndarray, " n"]:
@@ -76,9 +78,35 @@ class _Fit:
         """Eigenvalues and eigenvectors of `D^1/2 Theta D^1/2` in float64; computed at first use."""
         return spectrum(self.gram, self._scale)
 
+    @property
+    def eigenvalues(self) -> Float[np.ndarray, " n"]:
+        """Eigenvalues of `D^1/2 Theta D^1/2`, ascending: the rates at which modes are learnt."""
+        return self.spectrum.values
+
     @cached_property
     def _model(self) -> SpectralModel:
-        return SpectralModel(self.arch, self.x_train, self.targets, self.spectrum, self._scale, progress=self.progress)
+        return SpectralModel(self.targets, self.spectrum, self._scale)
+
+    @property
+    def _dtype(self) -> Literal["float32", "float64"]:
+        """The precision of kernels: that of the Gram matrix given."""
+        return "float64" if self._given is not None and self._given.dtype == np.float64 else "float32"
+
+    def _kernel(
+        self, x1: AnyArray, x2: AnyArray | None = None, kernel: Literal["ntk", "nngp"] = "ntk"
+    ) -> Float[np.ndarray, "m n"]:
+        from ntkadv.kernels.gram import gram
+
+        return gram(self.arch, x1, x2, kernel=kernel, dtype=self._dtype, progress=self.progress)
+
+    def _predict(self, x: Float[AnyArray, "m *input"], filters: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k m c"]:
+        """`f(x)` for k filters; images are taken in chunks whose kernels fit into memory."""
+        rows = max(1, _CHUNK_BYTES // (8 * len(self.targets)))
+        if len(x) == 0:
+            raise ValueError(f"x must hold at least one image, got shape {np.shape(x)}.")
+        starts = tqdm(range(0, len(x), rows), desc="predictions", disable=not self.progress or len(x) <= rows)
+        parts = [self._model.apply(self._kernel(x[start : start + rows], self.x_train), filters) for start in starts]
+        return np.concatenate(parts, axis=1)
 
     def _kernel_predictor(self, coefficients: Float[np.ndarray, "n c"]) -> "KernelPredictor":
         from ntkadv.predictors import KernelPredictor
@@ -93,7 +121,7 @@ class TrainingDynamics(_Fit):
 
     Args:
         arch: The architecture whose NTK drives the training.
-        x_train: Images (n, h, w, channels).
+        x_train: Images (n, h, w, channels), or vectors (n, features).
         targets: Centred targets (n, c).
         gram: Their NTK (n, n), if it is at hand; computed at first use otherwise.
         attack_strength: Strength `eta S` of the attack flow, one number or one per sample; 0 is standard training.
@@ -101,14 +129,14 @@ class TrainingDynamics(_Fit):
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: Shapes do not match; an argument has NaN, infinite or (strength, ark) negative entries; `gram` is not
-            symmetric or, found at first use, not positive semi-definite beyond rounding.
+        ValueError: Shapes do not match; an argument has NaN, infinite or (strength, ark) negative entries; `gram` is
+            not symmetric or, found at first use, not positive semi-definite beyond rounding.
     """
 
     def __init__(
         self,
         arch: "Architecture",
-        x_train: Float[AnyArray, "n h w ch"],
+        x_train: Float[AnyArray, "n *input"],
         targets: Float[AnyArray, "n c"],
         *,
         gram: Float[AnyArray, "n n"] | None = None,
@@ -136,17 +164,17 @@ class TrainingDynamics(_Fit):
     def coefficients(self, time: float) -> Float[np.ndarray, "n c"]:
         """`u` with `f_t(x) = Theta(x, X) u`, in float64.
 
-        At an infinite time these are the coefficients of the interpolant, `Theta^+ Y` for standard training. Modes below
-        the noise floor of the Gram matrix stay untrained at all times: they would not reach predictions, and late
-        times would amplify their noise.
+        At an infinite time these are the coefficients of the interpolant, `Theta^+ Y` for standard training. Modes
+        below the noise floor of the Gram matrix stay untrained at all times: they would not reach predictions, and
+        late times would amplify their noise.
         """
         return self._model.coefficients(self._growth([time]))[0]
 
     def predict(
-        self, x: Float[AnyArray, "m h w ch"], times: float | Sequence[float] | Float[np.ndarray, " t"]
+        self, x: Float[AnyArray, "m *input"], times: float | Sequence[float] | Float[np.ndarray, " t"]
     ) -> Float[np.ndarray, "t m c"]:
         """Mean outputs `f_t(x)` at every time: (number of times, number of images, c). A time may be infinite."""
-        return self._model.predict(x, self._growth(times))
+        return self._predict(x, self._growth(times))
 
     def predictor(self, time: float) -> "KernelPredictor":
         """`f_t` as a function of images that JAX can differentiate: what attacks take."""
@@ -166,7 +194,7 @@ class TrainingDynamics(_Fit):
         return self.targets - self.train_residual(times)
 
     def gp(
-        self, x: Float[AnyArray, "m h w ch"], time: float, *, nngp_gram: Float[AnyArray, "n n"] | None = None
+        self, x: Float[AnyArray, "m *input"], time: float, *, nngp_gram: Float[AnyArray, "n n"] | None = None
     ) -> GaussianProcess:
         """Mean and covariance at `x` over random initialisations, which are a Gaussian process with NNGP kernel K.
 
@@ -177,12 +205,12 @@ class TrainingDynamics(_Fit):
         """
         growth = self._growth([time])[0]
         if nngp_gram is None:
-            nngp_gram = cross_kernel(self.arch, self.x_train, kernel="nngp", progress=self.progress)
+            nngp_gram = self._kernel(self.x_train, kernel="nngp")
         prior = checked_gram("nngp_gram", nngp_gram, len(self.targets)).astype(np.float64)
-        cross = cross_kernel(self.arch, x, self.x_train, progress=self.progress)
+        cross = self._kernel(x, self.x_train)
         operator = self._model.operator(cross, growth)
-        between = cross_kernel(self.arch, x, self.x_train, kernel="nngp", progress=self.progress).astype(np.float64)
-        own = cross_kernel(self.arch, x, kernel="nngp", progress=self.progress).astype(np.float64)
+        between = self._kernel(x, self.x_train, "nngp").astype(np.float64)
+        own = self._kernel(x, kernel="nngp").astype(np.float64)
         removed = operator @ between.T
         cov = own - removed - removed.T + operator @ prior @ operator.T
         return GaussianProcess(operator @ self.targets, (cov + cov.T) / 2)
@@ -208,7 +236,7 @@ class RidgeRegression(_Fit):
 
     Args:
         arch: The architecture.
-        x_train: Images (n, h, w, channels).
+        x_train: Images (n, h, w, channels), or vectors (n, features).
         targets: Centred targets (n, c).
         gram: Their NTK (n, n), if it is at hand; computed at first use otherwise.
         progress: Whether to show progress bars.
@@ -220,7 +248,7 @@ class RidgeRegression(_Fit):
     def __init__(
         self,
         arch: "Architecture",
-        x_train: Float[AnyArray, "n h w ch"],
+        x_train: Float[AnyArray, "n *input"],
         targets: Float[AnyArray, "n c"],
         *,
         gram: Float[AnyArray, "n n"] | None = None,
@@ -233,10 +261,10 @@ class RidgeRegression(_Fit):
         return self._model.coefficients(self._shrinkage([ridge]))[0]
 
     def predict(
-        self, x: Float[AnyArray, "m h w ch"], ridges: float | Sequence[float] | Float[np.ndarray, " k"]
+        self, x: Float[AnyArray, "m *input"], ridges: float | Sequence[float] | Float[np.ndarray, " k"]
     ) -> Float[np.ndarray, "k m c"]:
-        """Outputs at `x` for every ridge: (number of ridges, number of images, c)."""
-        return self._model.predict(x, self._shrinkage(ridges))
+        """Return the outputs at `x` for every ridge: (number of ridges, number of images, c)."""
+        return self._predict(x, self._shrinkage(ridges))
 
     def predictor(self, ridge: float) -> "KernelPredictor":
         """Return the solution as a function of images that JAX can differentiate."""

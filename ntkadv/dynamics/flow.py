@@ -4,8 +4,8 @@ Adversarial training with rates `E(t) = diag(E_i(t))` moves the residual `r = y 
 
 `r' = -Theta E(t) r`,    `r(0) = Y`.
 
-The closed form `exp(-Theta Xi(t)) Y` with `Xi(t) = int_0^t E` (Fu & Wang, ICLR 2024, arXiv 2310.06112) solves this if and
-only if `Theta E(t)` commutes with its own integral: for constant rates, and for `E(t) = g(t) E(0)`. With rates that vary
+The closed form `exp(-Theta Xi(t)) Y` with `Xi(t) = int_0^t E` (Fu & Wang, ICLR 2024, arXiv 2310.06112) solves this if
+`Theta E(t)` commutes with its own integral: for constant rates, and for `E(t) = g(t) E(0)`. With rates that vary
 differently from sample to sample it is an approximation, and `closed_form_gap` says how good.
 """
 
@@ -41,8 +41,8 @@ def integrate_flow(
     """Residuals `r(t)` of `r' = -Theta E(t) r`, `r(0) = Y`, at the given times, by an ODE solver in float64.
 
     `rates` is an array (n,), or a function of time that JAX can trace and that returns one. Dopri8 for a flow with
-    `max(Theta E) * time` below 1,000, the implicit Kvaerno5 beyond; the latter solves dense systems of size n c, so this
-    is for small problems.
+    `max(Theta E) * time` below 1,000, the implicit Kvaerno5 beyond; the latter solves dense systems of size n c, so
+    this is for small problems.
 
     Raises `ValueError` for shapes that do not match, entries that are not finite, and times that are negative, infinite
     or NaN; `RuntimeError` where the solver takes more than `max_steps` steps.
@@ -88,7 +88,7 @@ def closed_form_gap(
     rates: Rates,
     times: Sequence[float] | Float[np.ndarray, " t"],
 ) -> Float[np.ndarray, " t"]:
-    """`|exp(-Theta Xi(t)) Y - r(t)| / |r(t)|` at each time: how far the closed form is from the true flow.
+    """`|exp(-Theta Xi(t)) Y - r(t)| / |Y|` at each time: how far the closed form is from the true flow.
 
     Raises as `integrate_flow`.
     """
@@ -101,7 +101,7 @@ def closed_form_gap(
             xi = effective_time(rate, float(time)) if callable(rates) else time * np.asarray(rate(0.0), np.float64)
             coefficients = training_coefficients(theta, xi, targets, method="eigh")
             closed.append(targets - theta @ np.asarray(coefficients))
-    return np.linalg.norm(np.stack(closed) - true, axis=(1, 2)) / np.linalg.norm(true, axis=(1, 2))
+    return np.linalg.norm(np.stack(closed) - true, axis=(1, 2)) / np.linalg.norm(targets)
 
 
 def _checked(
@@ -122,11 +122,11 @@ def _checked(
 def _rate_function(rates: Rates, n: int) -> Callable[[Any], Any]:
     """`rates` as a function of time; checked at time 0."""
     if callable(rates):
-        function = rates
+        function: Callable[[Any], Any] = rates
     else:
         fixed = np.asarray(rates, np.float64)
 
-        def function(_: Any) -> Any:
+        def function(time: Any, /) -> Any:
             return fixed
 
     first = np.asarray(function(0.0), np.float64)

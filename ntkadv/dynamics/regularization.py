@@ -5,8 +5,9 @@ The theory replaces the inner maximum of adversarial training by a gradient flow
 
 `E_i(t) = exp(ark_i * strength_i(t)) >= 1`,    `strength_i(t) = eta_i(t) S`,
 
-with `ark_i` the adversarial regularization kernel of the sample, and `Xi_i(t) = int_0^t E_i(s) ds` is the time the sample
-has effectively been trained (Fu & Wang, ICLR 2024, arXiv 2310.06112). Strength 0 is standard training, `Xi(t) = t`.
+with `ark_i` the adversarial regularization kernel of the sample, and `Xi_i(t) = int_0^t E_i(s) ds` is the time the
+sample has effectively been trained (Fu & Wang, ICLR 2024, arXiv 2310.06112).
+Strength 0 is standard training, `Xi(t) = t`.
 """
 
 from collections.abc import Callable
