@@ -80,7 +80,7 @@ def over_time(
             chosen, color="black", linewidth=0.9, linestyle="-.", label=f"chosen on validation: t = {chosen:.2g}"
         )
     axes.set_xscale("log")
-    _finish(axes, label, "accuracy", title)
+    _finish(axes, label, f"accuracy on {path.n} images, 95% bands", title)
     axes.set_ylim(0, 1.02)
     return figure
 
@@ -176,7 +176,8 @@ def image_strip(
             _show(grid[row, column], images[column], text, BLUE if after == int(labels[column]) else VERMILION)
     for row, name in enumerate(["clean\n(true class)", *attacked]):
         grid[row, 0].set_ylabel(name, fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    legend = "predicted: clean → attacked; blue: right under attack, orange: fooled"
+    figure.suptitle(f"{title}\n{legend}", fontsize=11)
     return figure
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 from scipy.special import ndtri
@@ -69,6 +70,11 @@ class Score:
     def high(self) -> float:
         """Upper end of the interval."""
         return wilson_interval(self.correct, self.n, self.confidence)[1]
+
+    @property
+    def in_two_lines(self) -> str:
+        """Accuracy, and below it the interval in short."""
+        return f"{self.accuracy:.3f}\n{self.low:.2f} to {self.high:.2f}"
 
     def __str__(self) -> str:
         return f"{self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -206,13 +212,20 @@ class Report:
         """Read the file that `to_json` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text()))
 
-    def __rich__(self) -> Table:
-        table = Table(caption=self.caption, caption_justify="left")
-        table.add_column("model", style="bold", no_wrap=True)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Show one line a model, or, where that does not fit, the intervals below the accuracies."""
+        wide = self._table(narrow=False)
+        needed = Measurement.get(console, options.update(max_width=10_000), wide).maximum
+        yield wide if needed <= options.max_width else self._table(narrow=True)
+
+    def _table(self, *, narrow: bool) -> Table:
+        table = Table(caption=self.caption, caption_justify="left", show_lines=narrow)
+        table.add_column("model", style="bold", no_wrap=not narrow)
         for column in self.columns:
-            table.add_column(Text(column), justify="right", no_wrap=True)
-        for row in self._cells():
-            table.add_row(*map(Text, row))
+            table.add_column(column, justify="right", no_wrap=not narrow)
+        for model in self.models:
+            scores = [self.cell(model, column) for column in self.columns]
+            table.add_row(model, *(score.in_two_lines if narrow else str(score) for score in scores))
         return table
 
     def __str__(self) -> str:

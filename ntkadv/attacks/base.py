@@ -176,8 +176,8 @@ class Batch(NamedTuple):
 
 
 def batches(n: int, batch_size: int, label: str | None = None) -> Iterator[Batch]:
-    """Cut n samples into batches of one size; with a `label`, show a progress bar."""
-    for first in tqdm(range(0, n, batch_size), desc=label, disable=label is None, leave=False):
+    """Cut n samples into batches of one size; with a `label`, show a progress bar over several."""
+    for first in tqdm(range(0, n, batch_size), desc=label, disable=label is None or n <= batch_size, leave=False):
         places = np.minimum(np.arange(first, first + batch_size), n - 1)
         yield Batch(places, min(batch_size, n - first))
 
