@@ -7,8 +7,8 @@ images, all judged by the same attacks on test images.
 
     python examples/robust_overfitting.py                                   # digits with 10% label noise
     python examples/robust_overfitting.py --label-noise 0                   # clean digits: no robust overfitting
-    python examples/robust_overfitting.py --dataset cifar10 --n-train 4000 --n-val 1000 --n-test 1000 --eps 0.0314 \
-        --label-noise 0 --output runs/cifar10
+    python examples/robust_overfitting.py --dataset cifar10 --label-noise 0 --eps 0.031373 \
+        --n-train 4000 --n-val 1000 --n-test 1000 --times 17 --output runs/cifar10
 
 A run that was stopped goes on where it was when the same command is given again.
 """
@@ -90,7 +90,7 @@ def one_seed(config: Config, seed: int, run: na.runs.Run, console: Console) -> n
     arch = build(depth=config.depth, num_classes=data.num_classes).normalized(data.x_train)
     threat = na.attacks.Linf(config.eps)
     judge = na.attacks.PGD(threat, steps=config.attack_steps)
-    keys = dict(zip(("val", "test", "fit", "report"), jax.random.split(jax.random.key(seed), 4), strict=True))
+    keys = dict(zip(["val", "test", "fit", "report"], jax.random.split(jax.random.key(seed), 4), strict=True))
     title = (
         f"{config.dataset}, {config.architecture.upper()}-{config.depth}, n = {config.n_train}, ε = {config.eps:.3g}"
     )
@@ -99,7 +99,7 @@ def one_seed(config: Config, seed: int, run: na.runs.Run, console: Console) -> n
     console.print(f"[bold]seed {seed}[/bold]: kernel and closed form")
     gram = run.cached("gram", lambda: {"gram": na.gram(arch, data.x_train)})["gram"]
     dynamics = na.TrainingDynamics(arch, data.x_train, data.targets_train, gram=gram)
-    ridge = na.RidgeRegression(arch, data.x_train, data.targets_train, gram=gram)
+    ridge = dynamics.ridge()
     # The spectrum tells all time scales: the fastest direction is learnt at 1 / largest eigenvalue, the slowest last.
     smallest, largest = (max(float(dynamics.spectrum.values[i]), 1e-6) for i in (0, -1))
     times = np.geomspace(0.3 / largest, 10 / smallest, config.times)
@@ -145,11 +145,11 @@ def one_seed(config: Config, seed: int, run: na.runs.Run, console: Console) -> n
         "ridge": ridge.predictor(shrinkage),
         "Adv-NTK": fit.predictor,
     }
-    attacks = [
-        judge,
-        na.attacks.PGD(threat, steps=config.attack_steps, loss="margin", restarts=2),
-        na.attacks.PGD(threat, steps=config.attack_steps, loss="cross_entropy"),
-    ]
+    attacks = {
+        judge.name: judge,
+        "margin, twice": na.attacks.PGD(threat, steps=config.attack_steps, loss="margin", restarts=2),
+        "cross-entropy": na.attacks.PGD(threat, steps=config.attack_steps, loss="cross_entropy"),
+    }
     report = na.compare(models, data, attacks, key=keys["report"], batch_size=512, keep_adversarial=True)
     report.to_json(run.path / "report.json")
     (run.path / "report.md").write_text(report.to_markdown() + "\n")

@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
-from rich.text import Text
 from scipy.special import ndtri
 
 from ntkadv._checks import require_int, require_nonnegative
@@ -74,7 +73,7 @@ class Score:
     @property
     def in_two_lines(self) -> str:
         """Accuracy, and below it the interval in short."""
-        return f"{self.accuracy:.3f}\n{self.low:.2f} to {self.high:.2f}"
+        return f"{self.accuracy:.3f}\n{self.low:.2f}-{self.high:.2f}"
 
     def __str__(self) -> str:
         return f"{self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}]"
