@@ -40,11 +40,29 @@ def checked_gram(name: str, gram: AnyArray, n: int) -> Float[np.ndarray, "n n"]:
     return gram
 
 
+def with_equal_copies(gram: Float[np.ndarray, "n n"], x: AnyArray) -> Float[np.ndarray, "n n"]:
+    """`gram` with one and the same entry between all copies of an image, as its diagonal has.
+
+    Between coincident inputs the kernel of a ReLU network is computed to half the digits only (its angle is the arc
+    cosine of 1), which would pass copies with different labels off as images that can be told apart.
+    """
+    places: dict[bytes, list[int]] = {}
+    for i, image in enumerate(np.asarray(x)):
+        places.setdefault(image.tobytes(), []).append(i)
+    copies = [same for same in places.values() if len(same) > 1]
+    if copies:
+        gram = np.array(gram)
+    for same in copies:
+        gram[np.ix_(same, same)] = np.diag(gram)[same].mean()
+    return gram
+
+
 def spectrum(gram: Float[np.ndarray, "n n"], scale: Float[np.ndarray, " n"]) -> Spectrum:
     """Decompose `S = D^1/2 Theta D^1/2` for positive `D = diag(scale)`.
 
-    The floor is `max(eps lambda_max, |most negative eigenvalue|)`, eps that of the dtype `gram` came in; eigenvalues
-    below it carry no information, and negative ones become 0.
+    The floor is `max(eps lambda_max, |most negative eigenvalue|)`, eps that of the dtype `gram` came in (or n times
+    that of float64, which is what the decomposition adds); eigenvalues below it carry no information, and negative
+    ones become 0.
 
     Raises `ValueError` where negative eigenvalues are too large to be rounding.
     """
@@ -64,7 +82,8 @@ def spectrum(gram: Float[np.ndarray, "n n"], scale: Float[np.ndarray, " n"]) -> 
             f"-{100 * eps * np.sqrt(len(values)) * largest:.1g}. It is no kernel of these images, or was computed "
             f"with too little precision."
         )
-    return Spectrum(np.maximum(values, 0.0), vectors, max(eps * largest, -smallest))
+    noise = max(eps, len(values) * float(np.finfo(np.float64).eps))
+    return Spectrum(np.maximum(values, 0.0), vectors, max(noise * largest, -smallest))
 
 
 def _eigh(matrix: Float[np.ndarray, "n n"]) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n n"]]:

@@ -13,7 +13,7 @@ degenerates to the interpolant of standard training.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -21,12 +21,11 @@ from tqdm.auto import tqdm
 
 from ntkadv._checks import require_finite, require_same_length
 from ntkadv._typing import AnyArray
-from ntkadv.dynamics._spectral import SpectralModel, Spectrum, checked_gram, spectrum
+from ntkadv.architectures.base import Architecture
+from ntkadv.dynamics._spectral import SpectralModel, Spectrum, checked_gram, spectrum, with_equal_copies
 from ntkadv.dynamics.regularization import Regularization
-
-if TYPE_CHECKING:
-    from ntkadv.architectures.base import Architecture
-    from ntkadv.predictors import KernelPredictor
+from ntkadv.kernels.gram import gram as compute_gram
+from ntkadv.predictors import KernelPredictor
 
 _ARK_BATCH = 128
 _CHUNK_BYTES = 2**29
@@ -44,7 +43,7 @@ class _Fit:
 
     def __init__(
         self,
-        arch: "Architecture",
+        arch: Architecture,
         x_train: Float[AnyArray, "n *input"],
         targets: Float[AnyArray, "n c"],
         *,
@@ -76,7 +75,7 @@ class _Fit:
     @cached_property
     def spectrum(self) -> Spectrum:
         """Eigenvalues and eigenvectors of `D^1/2 Theta D^1/2` in float64; computed at first use."""
-        return spectrum(self.gram, self._scale)
+        return spectrum(with_equal_copies(self.gram, self.x_train), self._scale)
 
     @property
     def eigenvalues(self) -> Float[np.ndarray, " n"]:
@@ -95,9 +94,7 @@ class _Fit:
     def _kernel(
         self, x1: AnyArray, x2: AnyArray | None = None, kernel: Literal["ntk", "nngp"] = "ntk"
     ) -> Float[np.ndarray, "m n"]:
-        from ntkadv.kernels.gram import gram
-
-        return gram(self.arch, x1, x2, kernel=kernel, dtype=self._dtype, progress=self.progress)
+        return compute_gram(self.arch, x1, x2, kernel=kernel, dtype=self._dtype, progress=self.progress)
 
     def _predict(self, x: Float[AnyArray, "m *input"], filters: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k m c"]:
         """`f(x)` for k filters; images are taken in chunks whose kernels fit into memory."""
@@ -108,9 +105,7 @@ class _Fit:
         parts = [self._model.apply(self._kernel(x[start : start + rows], self.x_train), filters) for start in starts]
         return np.concatenate(parts, axis=1)
 
-    def _kernel_predictor(self, coefficients: Float[np.ndarray, "n c"]) -> "KernelPredictor":
-        from ntkadv.predictors import KernelPredictor
-
+    def _kernel_predictor(self, coefficients: Float[np.ndarray, "n c"]) -> KernelPredictor:
         return KernelPredictor(self.arch, self.x_train, coefficients, kernel="ntk")
 
 
@@ -135,7 +130,7 @@ class TrainingDynamics(_Fit):
 
     def __init__(
         self,
-        arch: "Architecture",
+        arch: Architecture,
         x_train: Float[AnyArray, "n *input"],
         targets: Float[AnyArray, "n c"],
         *,
@@ -176,7 +171,7 @@ class TrainingDynamics(_Fit):
         """Mean outputs `f_t(x)` at every time: (number of times, number of images, c). A time may be infinite."""
         return self._predict(x, self._growth(times))
 
-    def predictor(self, time: float) -> "KernelPredictor":
+    def predictor(self, time: float) -> KernelPredictor:
         """`f_t` as a function of images that JAX can differentiate: what attacks take."""
         return self._kernel_predictor(self.coefficients(time))
 
@@ -247,7 +242,7 @@ class RidgeRegression(_Fit):
 
     def __init__(
         self,
-        arch: "Architecture",
+        arch: Architecture,
         x_train: Float[AnyArray, "n *input"],
         targets: Float[AnyArray, "n c"],
         *,
@@ -266,7 +261,7 @@ class RidgeRegression(_Fit):
         """Return the outputs at `x` for every ridge: (number of ridges, number of images, c)."""
         return self._predict(x, self._shrinkage(ridges))
 
-    def predictor(self, ridge: float) -> "KernelPredictor":
+    def predictor(self, ridge: float) -> KernelPredictor:
         """Return the solution as a function of images that JAX can differentiate."""
         return self._kernel_predictor(self.coefficients(ridge))
 
@@ -278,7 +273,7 @@ class RidgeRegression(_Fit):
         return 1 / (ridges[:, None] + np.where(values > floor, values, 1.0))
 
 
-def _ark(arch: "Architecture", x: AnyArray) -> Float[np.ndarray, " n"]:
+def _ark(arch: Architecture, x: AnyArray) -> Float[np.ndarray, " n"]:
     starts = range(0, len(x), _ARK_BATCH)
     return np.concatenate([np.asarray(arch.ark(x[start : start + _ARK_BATCH])) for start in starts])
 

@@ -52,14 +52,14 @@ def integrate_flow(
     if order[-1] == 0:
         return np.broadcast_to(targets, (len(times), *targets.shape)).copy()
     rate = _rate_function(rates, len(targets))
-    fastest = max(float(np.max(rate(t))) for t in np.linspace(0.0, order[-1], 9))
+    fastest = max(float(np.max(np.asarray(rate(t)))) for t in np.linspace(0.0, order[-1], 9))
     stiff = float(np.linalg.norm(theta, 2)) * fastest * order[-1] > _STIFF
 
     with jax.enable_x64(True):
         kernel = jnp.asarray(theta)
 
         def slope(t: Any, residual: Any, _: Any) -> Any:
-            return -kernel @ (jnp.asarray(rate(t), jnp.float64)[:, None] * residual)
+            return -kernel @ (rate(t)[:, None] * residual)
 
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(slope),
@@ -120,16 +120,13 @@ def _checked(
 
 
 def _rate_function(rates: Rates, n: int) -> Callable[[Any], Any]:
-    """`rates` as a function of time; checked at time 0."""
-    if callable(rates):
-        function: Callable[[Any], Any] = rates
-    else:
-        fixed = np.asarray(rates, np.float64)
+    """`rates` as a function of time that computes in float64; checked at time 0."""
 
-        def function(time: Any, /) -> Any:
-            return fixed
+    def function(time: Any) -> Any:
+        with jax.enable_x64(True):
+            return jnp.asarray(rates(time) if callable(rates) else rates, jnp.float64)
 
-    first = np.asarray(function(0.0), np.float64)
+    first = np.asarray(function(0.0))
     if first.shape != (n,):
         raise ValueError(f"rates must have shape ({n},), one for each row of targets, got {first.shape}.")
     require_finite("rates", first)

@@ -33,7 +33,14 @@ def effective_time(rates: Callable[[float], Any], time: float) -> Float[np.ndarr
     if time == 0:
         return np.zeros_like(start)
     result = scipy.integrate.quad_vec(
-        lambda s: np.asarray(rates(s), np.float64), 0.0, time, epsabs=0.0, epsrel=1e-11, norm="max", full_output=True
+        lambda s: np.asarray(rates(s), np.float64),
+        0.0,
+        time,
+        epsabs=0.0,
+        epsrel=1e-11,
+        norm="max",
+        limit=1000,
+        full_output=True,
     )
     value, error, information = result
     if not information.success:
