@@ -269,9 +269,7 @@ def _xi_gradient(
     outer_seen = _matmul(right.images, growth_mean(right.values)[:, None] * right.weights)
     coupling = growth_overlap(left.values, right.values) * _matmul(left.weights, right.weights.T)
     linear = jnp.sum(targets * (outer - outer_seen) - outer * seen, axis=1)
-    # Not jnp.sum(..., axis=1): the CPU backend of JAX 0.10.2 fuses that with both products and gets it wrong.
-    ones = jnp.ones_like(right.values)
-    return linear + _matmul(_matmul(left.images, coupling) * right.images, ones)
+    return linear + jnp.sum(_matmul(left.images, coupling) * right.images, axis=1)
 
 
 def _eigensystem(theta: Float[Array, "n n"], xi: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
