@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Table
 from scipy.special import ndtri
@@ -211,7 +211,7 @@ class Report:
         """Read the file that `to_json` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text()))
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         """Show one line a model, or, where that does not fit, the intervals below the accuracies."""
         wide = self._table(narrow=False)
         needed = Measurement.get(console, options.update(max_width=10_000), wide).maximum

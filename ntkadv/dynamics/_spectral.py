@@ -133,11 +133,7 @@ class SpectralModel:
 
     def coefficients(self, filters: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k n c"]:
         """`D^1/2 V diag(filter) V^T D^1/2 Y` for k filters, in one product."""
-        kept = np.where(self.spectrum.values > self.spectrum.floor, filters, 0.0)
-        (k, n), c = kept.shape, self.weights.shape[1]
-        stacked = (kept.T[:, :, None] * self.weights[:, None, :]).reshape(n, k * c)
-        product = self.root * (self.spectrum.vectors @ stacked)
-        return np.moveaxis(product.reshape(n, k, c), 1, 0)
+        return self._unstack(self.root * (self.spectrum.vectors @ self._modes(filters)))
 
     def operator(self, cross: Float[np.ndarray, "m n"], values: Float[np.ndarray, " n"]) -> Float[np.ndarray, "m n"]:
         """`Theta(x, X) D^1/2 V diag(filter) V^T D^1/2` for one filter."""
@@ -146,12 +142,28 @@ class SpectralModel:
         return ((cross.astype(np.float64) * root) @ vectors * kept) @ vectors.T * root
 
     def apply(self, cross: Float[np.ndarray, "m n"], filters: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k m c"]:
-        """`f(x)` for k filters, given `Theta(x, X)`: one product, or a few where the coefficients would fill memory."""
+        """`f(x)` for k filters, given `Theta(x, X)`: as few products as memory allows.
+
+        The eigenvectors are applied to the side that has fewer columns: to `Theta(x, X)`, once for all filters, or to
+        the modes of the filters.
+        """
         (m, n), c = cross.shape, self.weights.shape[1]
         cross = cross.astype(np.float64)
+        project_images = m < len(filters) * c
+        left = (cross * self.root.T) @ self.spectrum.vectors if project_images else cross
         together = max(1, _CHUNK_BYTES // (8 * n * c))
         parts = []
         for start in range(0, len(filters), together):
-            flat = np.moveaxis(self.coefficients(filters[start : start + together]), 0, 1).reshape(n, -1)
-            parts.append(np.moveaxis((cross @ flat).reshape(m, -1, c), 1, 0))
+            modes = self._modes(filters[start : start + together])
+            parts.append(
+                self._unstack(left @ (modes if project_images else self.root * (self.spectrum.vectors @ modes)))
+            )
         return np.concatenate(parts)
+
+    def _modes(self, filters: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "n columns"]:
+        """`diag(filter) V^T D^1/2 Y` for k filters side by side, (n, k c)."""
+        kept = np.where(self.spectrum.values > self.spectrum.floor, filters, 0.0)
+        return (kept.T[:, :, None] * self.weights[:, None, :]).reshape(kept.shape[1], -1)
+
+    def _unstack(self, columns: Float[np.ndarray, "m columns"]) -> Float[np.ndarray, "k m c"]:
+        return np.moveaxis(columns.reshape(len(columns), -1, self.weights.shape[1]), 1, 0)
