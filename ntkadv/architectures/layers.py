@@ -96,7 +96,6 @@ class Conv(Layer):
 
     def init(self, key: Array, shape: tuple[int, ...]) -> Any:
         """Draw `w` (size, size, channels_in, channels) and `b` (channels,)."""
-        _check_image(self, shape)
         return _normal_parameters(key, (self.kernel_size, self.kernel_size, shape[-1], self.channels))
 
     def apply(self, params: Any, x: Array) -> Array:
@@ -113,13 +112,12 @@ class Conv(Layer):
 
     def propagate(self, covariance: Covariance) -> Covariance:
         """Average the covariances over the window, which at the border holds zeros, then w_std^2 K + b_std^2."""
-        if covariance.layout == "vector":
-            raise ValueError("Conv needs images, but the input has no pixels (a vector, or after Flatten)")
         mean = self._mean_pixels if covariance.layout == "pixels" else self._mean_all_pixels
         return covariance.affine(mean, self.w_std**2, self.b_std**2)
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Divide height and width by the stride, rounded up."""
+        _check_image(self, shape)
         height, width, _ = shape
         return (-(-height // self.stride), -(-width // self.stride), self.channels)
 
@@ -189,7 +187,6 @@ class GlobalAvgPool(Layer):
 
     def init(self, key: Array, shape: tuple[int, ...]) -> Any:
         """Pooling has no parameters."""
-        _check_image(self, shape)
         return ()
 
     def apply(self, params: Any, x: Array) -> Array:
@@ -198,12 +195,11 @@ class GlobalAvgPool(Layer):
 
     def propagate(self, covariance: Covariance) -> Covariance:
         """Average over all pairs of pixels."""
-        if covariance.layout != "all pixels":
-            raise ValueError("GlobalAvgPool needs images, but the input has no pixels (a vector, or after Flatten)")
         return covariance.reduce(lambda array: jnp.mean(array, axis=(0, 1, 2, 3)))
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Only the channels remain."""
+        _check_image(self, shape)
         return shape[-1:]
 
 
@@ -275,12 +271,6 @@ class Residual(Layer):
 
     def init(self, key: Array, shape: tuple[int, ...]) -> Any:
         """Draw the parameters of the branch and of the shortcut."""
-        target, source = self.branch.output_shape(shape), self.output_shape(shape)
-        if target != source:
-            raise ValueError(
-                f"the branch of Residual gives {target} and the shortcut {source}: give the branch as many channels "
-                "and the same stride, or the shortcut a convolution of its own"
-            )
         branch_key, shortcut_key = jax.random.split(key)
         shortcut = () if self.shortcut is None else self.shortcut.init(shortcut_key, shape)
         return {"branch": self.branch.init(branch_key, shape), "shortcut": shortcut}
@@ -296,8 +286,15 @@ class Residual(Layer):
         return straight + self.branch.propagate(covariance)
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Follow the shape through the shortcut."""
-        return shape if self.shortcut is None else self.shortcut.output_shape(shape)
+        """Follow the shape through both paths, which must come to the same."""
+        target = self.branch.output_shape(shape)
+        source = shape if self.shortcut is None else self.shortcut.output_shape(shape)
+        if target != source:
+            raise ValueError(
+                f"the branch of Residual gives {target} and the shortcut {source}: give the branch as many channels "
+                "and the same stride, or the shortcut a convolution of its own"
+            )
+        return source
 
     def leaves(self) -> Iterator[Layer]:
         """Walk through the shortcut, then the branch."""
@@ -331,7 +328,7 @@ def _check_widths(width: int, w_std: float, b_std: float) -> None:
 
 def _check_image(layer: Layer, shape: tuple[int, ...]) -> None:
     if len(shape) != 3:
-        raise ValueError(f"{layer!r} needs images of shape (height, width, channels), got {shape}")
+        raise ValueError(f"{layer!r} needs images of shape (height, width, channels), but its input has {shape}")
 
 
 def _normal_parameters(key: Array, shape: tuple[int, ...]) -> dict[str, Array]:

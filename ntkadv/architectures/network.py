@@ -28,27 +28,33 @@ class Network(Architecture):
     layer: Layer
 
     def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Give the shape of the outputs for one input of this shape."""
-        return self.layer.output_shape(tuple(input_shape))
+        """Give the shape of the outputs for one input of this shape, `(num_classes,)`.
 
-    def _init(self, key: Array, input_shape: tuple[int, ...]) -> Any:
-        params = self.layer.init(key, input_shape)
-        outputs = self.output_shape(input_shape)
+        Raises:
+            ValueError: some layer cannot take what it is given, or the outputs are others.
+        """
+        outputs = self.layer.output_shape(tuple(input_shape))
         if outputs != (self.num_classes,):
             raise ValueError(
                 f"the network's output has the shape {outputs} for inputs of shape {input_shape}, but num_classes is "
                 f"{self.num_classes}: end it in Flatten or GlobalAvgPool and Dense({self.num_classes})"
             )
-        return params
+        return outputs
+
+    def _init(self, key: Array, input_shape: tuple[int, ...]) -> Any:
+        self.output_shape(input_shape)
+        return self.layer.init(key, input_shape)
 
     def _apply(self, params: Any, x: Array) -> Array:
         return self.layer.apply(params, x)
 
     def _kernels(self, x1: Array, x2: Array) -> Kernels:
+        self.output_shape(x1.shape[1:])
         layout = required_layout(self.layer, x1.shape[1:])
         return _read(self.layer.propagate(input_covariance(x1, x2, layout)))
 
     def _diagonal(self, x: Array) -> Kernels:
+        self.output_shape(x.shape[1:])
         layout = required_layout(self.layer, x.shape[1:])
         return _read(self.layer.propagate(input_covariance(x, None, layout)))
 
@@ -87,6 +93,4 @@ class Network(Architecture):
 
 
 def _read(covariance: Covariance) -> Kernels:
-    if covariance.layout != "vector":
-        raise ValueError("the network ends in an image: end it in Flatten or GlobalAvgPool and Dense(num_classes)")
     return Kernels(covariance.nngp, jnp.zeros_like(covariance.nngp) if covariance.ntk is None else covariance.ntk)

@@ -92,6 +92,8 @@ def gram(
             another matrix.
         MemoryError: the result cannot fit.
     """
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f'dtype must be "float32" or "float64", got {dtype!r}')
     images1 = _as_images("x1", x1, dtype)
     images2 = None if x2 is None else _as_images("x2", x2, dtype)
     shape = (len(images1), len(images1) if images2 is None else len(images2))
@@ -177,7 +179,7 @@ def _require_memory(need: int, result: int, shape: tuple[int, int], max_bytes: i
         )
 
 
-def _gib(size: float) -> str:
+def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 

@@ -39,6 +39,7 @@ class Outputs:
         paths = {name: self._path(name, len(names)) for name in names}
         self.progress_file = self.store.with_suffix(".progress.json")
         self.done = self._read_progress(list(paths.values()))
+        self._save_done()  # before the files are there: one that nothing describes would be refused
         mode = "r+" if self.done else "w+"
         self.arrays = {
             name: np.lib.format.open_memmap(path, mode, np.dtype(dtype), shape) for name, path in paths.items()
@@ -105,6 +106,9 @@ class Outputs:
             return
         for array in self.arrays.values():
             array.flush()  # pyright: ignore[reportAttributeAccessIssue]  # a memmap wherever there is a store
+        self._save_done()
+
+    def _save_done(self) -> None:
         temporary = self.progress_file.with_suffix(".tmp")
         temporary.write_text(json.dumps({**self.meta, "done": self.done}))
         temporary.replace(self.progress_file)

@@ -8,7 +8,6 @@ import pytest
 from ntkadv.architectures import Erf, Gelu, Relu
 
 ACTIVATIONS = [Relu(), Erf(), Gelu()]
-SMOOTH = [Erf(), Gelu()]
 COVARIANCES = [(0.3, 1.0, 0.5), (-0.9, 1.5, 0.8), (0.0, 0.2, 3.0), (1.9, 2.0, 2.0), (0.7, 0.7, 0.7)]
 
 
