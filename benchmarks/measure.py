@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.monitoring
 import numpy as np
 
-__all__ = ["NotRun", "command_line", "finished", "growth_exponent", "in_child", "peak_memory", "timed"]
+__all__ = ["Compilations", "NotRun", "command_line", "finished", "growth_exponent", "in_child", "peak_memory", "timed"]
 
 
 _GRACE = 10.0
@@ -117,6 +118,40 @@ def peak_memory() -> dict[str, float]:
     return peak
 
 
+class Compiled(NamedTuple):
+    """How many programs were compiled, and in how many seconds."""
+
+    programs: int
+    seconds: float
+
+
+class Compilations:
+    """Counts what JAX compiles inside the `with` block."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+
+    def __enter__(self) -> Compilations:
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._heard)
+
+    def snapshot(self) -> Compiled:
+        """Give what was compiled so far."""
+        return Compiled(len(self._seconds), sum(self._seconds))
+
+    def since(self, before: Compiled) -> Compiled:
+        """Give what was compiled since a snapshot."""
+        now = self.snapshot()
+        return Compiled(now.programs - before.programs, now.seconds - before.seconds)
+
+    def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._seconds.append(duration_secs)
+
+
 def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
     """Slope of log value over log size by least squares: 3 where the value grows as the cube. None for one point."""
     if len(sizes) < 2:
@@ -125,11 +160,14 @@ def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float | 
 
 
 def command_line() -> str:
-    """How this script was called, without the folder of the data, which means nothing on another machine."""
+    """Tell how this script was called, without the folders, which mean nothing on another machine."""
     words, kept = iter(sys.argv[1:]), []
     for word in words:
-        if word == "--root":
+        if word in _FOLDERS:
             next(words, None)
-        elif not word.startswith("--root="):
+        elif word.partition("=")[0] not in _FOLDERS:
             kept.append(word)
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *kept])
+
+
+_FOLDERS = ("--root", "--output", "--run")

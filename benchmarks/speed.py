@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -32,6 +33,8 @@ RESULTS = Path(__file__).parent / "results"
 SIDES: tuple[Literal["straightforward", "eigh", "krylov"], ...] = ("straightforward", "eigh", "krylov")
 AIMS = {"eigh": 4, "krylov": 30}
 """Times faster than the straightforward form that a step should be at AIM_SIZE images."""
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "XLA_FLAGS")
+"""What in the environment sets the number of threads, and so the times."""
 AIM_SIZE = 2000
 
 
@@ -75,8 +78,9 @@ class Settings:
     """File of the results; benchmarks/results/speed.json, or speed-quick.json."""
 
     def __post_init__(self) -> None:
-        if min(self.sizes, default=0) < 20 or min(self.fit_size, self.dynamics_size) < 20:
-            raise ValueError(f"sizes must name 20 images or more each, got {self.sizes}")
+        # Below, a Krylov space is hardly smaller than the problem, and may end before it is accurate.
+        if min(*self.sizes, self.fit_size, self.dynamics_size, 100) < 100:
+            raise ValueError(f"sizes, fit_size and dynamics_size must be 100 images at least, got {self}")
         if self.fit_steps < 2 or self.repeats < 1 or self.batch_size < 1 or self.times < 2:
             raise ValueError("fit_steps and times must be 2 at least, repeats and batch_size 1")
 
@@ -129,7 +133,8 @@ def prepared(settings: Settings, folder: Path) -> tuple[sides.Problem, dict[str,
         raise RuntimeError(f"the kernels of {largest} images could not be computed: {made.reason}; ask for fewer")
     kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("root", "output")}
     head = {"benchmark": "speed", "command": command_line(), "seed": settings.seed, "data": made["data"]}
-    return made["problem"], {**head, "environment": made["environment"], "settings": kept}
+    environment = {**made["environment"], "threads": {name: os.environ.get(name) for name in THREADS}}
+    return made["problem"], {**head, "environment": environment, "settings": kept}
 
 
 def compare_steps(settings: Settings, problem: sides.Problem, console: Console) -> dict[str, Any]:
