@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 from scipy.special import ndtri
 
 from ntkadv._checks import require_int, require_nonnegative
@@ -218,13 +219,14 @@ class Report:
         yield wide if needed <= options.max_width else self._table(narrow=True)
 
     def _table(self, *, narrow: bool) -> Table:
+        """Build the table; names are `Text`, lest brackets in them be read as markup."""
         table = Table(caption=self.caption, caption_justify="left", show_lines=narrow)
         table.add_column("model", style="bold", no_wrap=not narrow)
         for column in self.columns:
-            table.add_column(column, justify="right", no_wrap=not narrow)
+            table.add_column(Text(column), justify="right", no_wrap=not narrow)
         for model in self.models:
             scores = [self.cell(model, column) for column in self.columns]
-            table.add_row(model, *(score.in_two_lines if narrow else str(score) for score in scores))
+            table.add_row(Text(model), *(Text(score.in_two_lines if narrow else str(score)) for score in scores))
         return table
 
     def __str__(self) -> str:

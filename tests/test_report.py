@@ -102,3 +102,13 @@ def test_unknown_cells_are_refused():
         REPORT.cell("CNN")
     with pytest.raises(ValueError, match=r"column must be one of 'clean', .* got 'FGSM'"):
         REPORT.cell("NTK", "FGSM")
+
+
+def test_a_narrow_terminal_gets_every_number_too():
+    screen = io.StringIO()
+    rich.console.Console(width=60, file=screen).print(REPORT)
+    shown = screen.getvalue()
+    assert max(len(line) for line in shown.splitlines()) <= 60
+    assert "…" not in shown
+    assert "0.543" in shown
+    assert "0.51-0.57" in shown

@@ -25,8 +25,8 @@ def resnet(
 
     A stem convolution, (depth - 2) / 2 blocks, an activation, flatten or average, and a dense readout: the ResNets of
     Fu & Wang (2024), as far as they are known: from depth 18 to 34 the kernel's diagonal grows about as much as
-    published, the constant factor differs. It grows about 3.4-fold with every block at the default weights; `normalized`
-    takes that out of learning rates and times.
+    published, the constant factor differs. It grows about 3.4-fold with every block at the default weights, which
+    `normalized` takes out of learning rates and times.
 
     Args:
         depth: layers with weights, even; 18 and 34 are the published ones.
