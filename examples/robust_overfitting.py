@@ -8,7 +8,7 @@ images, all judged by the same attacks on test images.
     python examples/robust_overfitting.py                                   # digits with 10% label noise
     python examples/robust_overfitting.py --label-noise 0                   # clean digits: no robust overfitting
     python examples/robust_overfitting.py --dataset cifar10 --label-noise 0 --eps 0.031373 \
-        --n-train 4000 --n-val 1000 --n-test 1000 --times 17 --output runs/cifar10
+        --n-train 3000 --n-val 500 --n-test 1000 --times 15 --output runs/cifar10
 
 A run that was stopped goes on where it was when the same command is given again.
 """

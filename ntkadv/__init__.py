@@ -4,8 +4,6 @@ The rooms: `architectures` (one definition, finite network and infinite-width ke
 `dynamics` (closed forms), `attacks`, `adv_ntk`, `evaluation`, `runs` and `plots`. See the README for the whole house.
 """
 
-from importlib.metadata import version
-
 from ntkadv import architectures, attacks, dynamics, plots, runs
 from ntkadv.adv_ntk import AdvNTKFit, fit_adv_ntk
 from ntkadv.data import Dataset, DatasetNotFoundError, load_dataset, targets
@@ -13,9 +11,10 @@ from ntkadv.dynamics import RidgeRegression, TrainingDynamics
 from ntkadv.evaluation import Evaluation, Report, compare, evaluate, wilson_interval
 from ntkadv.kernels import gram
 from ntkadv.predictors import KernelPredictor
+from ntkadv.runs import package_version
 from ntkadv.selection import RobustnessPath, robustness_path
 
-__version__ = version("ntkadv")
+__version__ = package_version("ntkadv")
 
 __all__ = [
     "AdvNTKFit",

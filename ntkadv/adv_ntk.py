@@ -229,9 +229,12 @@ class _Fit:
         return _State(weights, 0, self.settings.method, weights, 0, -1.0, [])
 
     def predictor_at(self, xi: np.ndarray, method: Method) -> KernelPredictor:
+        coefficients, _, _, converged = self._solve(xi, method)
+        return self._with(coefficients if bool(converged) else self._solve(xi, "eigh")[0])
+
+    def _solve(self, xi: np.ndarray, method: Method) -> tuple[Array, Any, Array, Array]:
         with jax.enable_x64(True):
-            solution = solve(self.theta, jnp.asarray(xi), self.targets, method=method, tol=self.settings.tol)
-        return self._with(solution.coefficients)
+            return _forward(method, self.settings.tol, self.theta, jnp.asarray(xi), self.targets)
 
     def advance(self, state: _State) -> _State:
         began = time.perf_counter()
@@ -281,10 +284,7 @@ class _Fit:
         self, method: Method, weights: np.ndarray, images: np.ndarray, labels: np.ndarray, key: Array
     ) -> tuple[float, float, np.ndarray, int] | None:
         """Loss, accuracy, gradient in w, products with the kernel; None where Krylov does not reach the tolerance."""
-        with jax.enable_x64(True):
-            coefficients, pullback, products, converged = _forward(
-                method, self.settings.tol, self.theta, jnp.asarray(self.ways.xi(weights)), self.targets
-            )
+        coefficients, pullback, products, converged = self._solve(self.ways.xi(weights), method)
         if not bool(converged):
             return None
         predictor = self._with(coefficients)

@@ -168,13 +168,21 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
+        **{package: package_version(package) for package in packages},
         "platform": device.platform,
         "device": device.device_kind,
         "devices": jax.device_count(),
         "cpus": os.cpu_count(),
         "system": platform.platform(),
     }
+
+
+def package_version(package: str) -> str:
+    """Version of an installed package, or "not installed", as when ntkadv runs from a bare source tree."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def save_checkpoint(path: str | os.PathLike[str], arrays: Mapping[str, AnyArray], meta: Mapping[str, Any]) -> None:
