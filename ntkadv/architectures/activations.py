@@ -60,7 +60,7 @@ class Activation(Layer):
 class Relu(Activation):
     """max(x, 0). The moments are the arc-cosine kernels of Cho & Saul (2009)."""
 
-    residuals: ClassVar[int] = 8
+    residuals: ClassVar[int] = 7
 
     def function(self, x: Array) -> Array:
         """Evaluate max(x, 0)."""
@@ -82,7 +82,7 @@ class Relu(Activation):
 @jax.custom_jvp
 def _relu_moments(k: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
     cosine, area = _angle(k, v1, v2)
-    derivative = (_constant(np.pi, k) - _arccos(cosine)) * _constant(0.5 / np.pi, k)
+    derivative = _constant(0.5, k) - _arccos(cosine) * _constant(0.5 / np.pi, k)  # exactly 1/2 for parallel inputs
     return area * _constant(0.5 / np.pi, k) + k * derivative, derivative
 
 
@@ -150,7 +150,7 @@ def _arccos(cosine: Array) -> Array:
 class Erf(Activation):
     """erf(x). The moments are those of Williams (1997)."""
 
-    residuals: ClassVar[int] = 10
+    residuals: ClassVar[int] = 8
 
     def function(self, x: Array) -> Array:
         """Evaluate erf(x)."""
@@ -168,7 +168,7 @@ class Erf(Activation):
 class Gelu(Activation):
     """x Phi(x), with Phi the normal distribution function: the exact GELU, not its tanh approximation."""
 
-    residuals: ClassVar[int] = 17
+    residuals: ClassVar[int] = 15
 
     def function(self, x: Array) -> Array:
         """Evaluate x Phi(x)."""

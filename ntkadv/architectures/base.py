@@ -88,7 +88,8 @@ class Architecture(abc.ABC):
         """Evaluate the NNGP kernel and the NTK at all pairs of two batches.
 
         Differentiable in both inputs. Where two inputs coincide, and at an input without any variance, the kernel of a
-        ReLU network has a kink; the gradient given there is the finite, symmetric one.
+        ReLU network has a kink; the gradient given there is the finite, symmetric one. Features within an angle of 1e-3
+        (3e-8 in float64) count as coincident, since rounding leaves nothing of smaller angles.
 
         Args:
             x1: inputs, `(n1, height, width, channels)` with pixels in [0, 1], or `(n1, features)`.

@@ -125,7 +125,13 @@ def values_and_gradients(kernels, x1, x2):
     return {"nngp": nngp, "ntk": ntk, "gradient in x1": gradients[0], "gradient in x2": gradients[1]}
 
 
-@pytest.mark.parametrize("name", OURS)
+NEARLY_PARALLEL = "cnn pooled, then dense"
+"""Pooled features have cosines of 0.999: rounding in float32 is magnified by 1 / (1 - cosine^2), on both sides."""
+
+SLOW = ("cnn 5 stride 2 pooled", "resnet pooled")  # to compile, on the other side
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in OURS])
 def test_kernels_and_input_gradients_agree_with_neural_tangents(name):
     x1, x2 = images(3, "float32", 0), images(4, "float32", 1)
     kernel_fn = theirs(name)[2]
@@ -141,7 +147,8 @@ def test_kernels_and_input_gradients_agree_with_neural_tangents(name):
             got = values_and_gradients(OURS[name]().kernels, x1.astype(dtype), x2.astype(dtype))
         for what, value in got.items():
             assert value.dtype == dtype
-            assert relative_error(value, expected[what]) < tolerance, (what, dtype)
+            allowed = 20 * tolerance if name == NEARLY_PARALLEL else tolerance
+            assert relative_error(value, expected[what]) < allowed, (what, dtype)
 
 
 @pytest.mark.parametrize("name", ["mlp gelu", "cnn 3 stride 2"])
