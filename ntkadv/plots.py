@@ -176,7 +176,7 @@ def image_strip(
             _show(grid[row, column], images[column], text, BLUE if after == int(labels[column]) else VERMILION)
     for row, name in enumerate(["clean\n(true class)", *attacked]):
         grid[row, 0].set_ylabel(name, fontsize=9)
-    legend = "predicted: clean → attacked; blue: right under attack, orange: fooled"
+    legend = "predicted: clean → attacked; blue: right under attack, orange: wrong"
     figure.suptitle(f"{title}\n{legend}", fontsize=11)
     return figure
 
@@ -204,4 +204,4 @@ def _show(axes: Axes, image: Any, text: str, colour: str) -> None:
         axes.imshow(np.clip(pixels, 0, 1), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_title(text, fontsize=8, color=colour)
+    axes.set_title(text, fontsize=7, color=colour)
