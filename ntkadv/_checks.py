@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import psutil
 from jax.core import Tracer
 
 
@@ -137,3 +138,14 @@ def require_nonnegative(name: str, value: Any, *, strict: bool = False) -> None:
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}); pass a float.")
     if not np.isfinite(value) or value < 0 or (strict and value == 0):
         raise ValueError(f"{name} must be finite and {'positive' if strict else 'not negative'}, got {value}.")
+
+
+def require_memory(what: str, need: int, remedy: str, *, max_bytes: int | None = None) -> None:
+    """Require `need` bytes to be within `max_bytes`, or within what the machine has available.
+
+    Raises `MemoryError`, before anything is computed, where they are not.
+    """
+    available = psutil.virtual_memory().available if max_bytes is None else max_bytes
+    if need > available:
+        limit = "the machine has available" if max_bytes is None else "max_bytes allows"
+        raise MemoryError(f"{what} needs about {need / 2**30:.2f} GiB; {limit} {available / 2**30:.2f}. {remedy}")

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Float
 
-from ntkadv._checks import require_finite
+from ntkadv._checks import require_finite, require_memory
 from ntkadv._typing import AnyArray
 
 _CHUNK_BYTES = 2**29
@@ -64,8 +64,15 @@ def spectrum(gram: Float[np.ndarray, "n n"], scale: Float[np.ndarray, " n"]) -> 
     that of float64, which is what the decomposition adds); eigenvalues below it carry no information, and negative
     ones become 0.
 
-    Raises `ValueError` where negative eigenvalues are too large to be rounding.
+    Raises `ValueError` where negative eigenvalues are too large to be rounding, `MemoryError` before starting where the
+    machine has too little memory.
     """
+    n = len(gram)
+    require_memory(
+        f"the eigendecomposition of a {n} x {n} matrix in float64",
+        5 * 8 * n**2,  # the matrix, LAPACK's copy, its workspace of twice the size, and the vectors
+        "Take fewer samples; Adv-NTK, whose Krylov solves need no eigendecomposition, takes more.",
+    )
     eps = float(np.finfo(gram.dtype).eps)
     root = np.sqrt(scale)
     scaled = gram.astype(np.float64)

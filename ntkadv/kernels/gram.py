@@ -11,11 +11,10 @@ from typing import Any, Literal, overload
 
 import jax
 import numpy as np
-import psutil
 from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
-from ntkadv._checks import require_finite
+from ntkadv._checks import require_finite, require_memory
 from ntkadv._typing import AnyArray
 from ntkadv.architectures.base import Architecture, Kernels
 from ntkadv.kernels.storage import KernelName, Outputs
@@ -106,10 +105,15 @@ def gram(
     in_memory = 0 if store is not None else len(names)
     working = memory_estimate(arch, *shape, images1.shape[1:], kernels=0, tile=tile) * images1.itemsize // 4
     result = in_memory * shape[0] * shape[1] * images1.itemsize
-    _require_memory(working + result, result, shape, max_bytes)
+    require_memory(
+        f"the {shape[0]} x {shape[1]} kernel matrix",
+        working + result,
+        "Take fewer samples, a smaller tile, or give store=, a file that holds the result on disk.",
+        max_bytes=max_bytes,
+    )
 
     tiles = _tiles(shape, tile, symmetric=images2 is None)
-    outputs = Outputs(store, names, shape, dtype, _fingerprint(images1, images2, tile))
+    outputs = Outputs(store, names, shape, dtype, "" if store is None else _fingerprint(images1, images2, tile))
 
     def compute(corner: tuple[int, int]) -> Kernels:
         rows = _padded(images1, corner[0], tile)
@@ -166,21 +170,6 @@ def _choose_tile(arch: Architecture, images: np.ndarray, shape: tuple[int, int],
     fitting = math.isqrt(WORKING_BYTES // max(1, arch.pair_bytes(images.shape[1:])))
     largest = max(1, min(LARGEST_TILE, fitting, max(shape)))
     return math.ceil(max(shape) / math.ceil(max(shape) / largest))
-
-
-def _require_memory(need: int, result: int, shape: tuple[int, int], max_bytes: int | None) -> None:
-    available = psutil.virtual_memory().available if max_bytes is None else max_bytes
-    if need > available:
-        limit = "the machine has available" if max_bytes is None else "max_bytes allows"
-        raise MemoryError(
-            f"the {shape[0]} x {shape[1]} kernel matrix needs about {_gib(need)}, of which {_gib(result)} for the "
-            f"result; {limit} {_gib(available)}. Take fewer samples, a smaller tile, or give store=, a file that holds "
-            "the result on disk"
-        )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def _tiles(shape: tuple[int, int], tile: int, *, symmetric: bool) -> list[tuple[int, int]]:

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 from problems import dense_coefficients, kernel_spectrum, matrix, targets
 
 import ntkadv.dynamics._spectral as spectral
 from ntkadv.architectures import mlp
 from ntkadv.dynamics import RidgeRegression, TrainingDynamics
+from ntkadv.dynamics._spectral import spectrum
 from ntkadv.kernels.gram import gram
 
 N, M, C = 24, 5, 3
@@ -262,3 +264,14 @@ def test_a_sound_accelerator_is_believed(theta, monkeypatch):
     reference = dynamics(theta).coefficients(1.0)
     monkeypatch.setattr(spectral.jax, "default_backend", lambda: "gpu")
     np.testing.assert_allclose(dynamics(theta).coefficients(1.0), reference, atol=1e-10)
+
+
+def test_too_many_images_are_refused_before_the_decomposition_starts(monkeypatch):
+    class Little:
+        available = 10_000
+
+    monkeypatch.setattr(psutil, "virtual_memory", Little)
+    with pytest.raises(
+        MemoryError, match=r"eigendecomposition of a 50 x 50 matrix.*available 0\.00\. Take fewer samples"
+    ):
+        spectrum(np.eye(50), np.ones(50))
