@@ -72,15 +72,13 @@ def main(config: Config) -> None:
     console = Console()
     reports = {}
     for seed in config.seeds:
-        settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_SETTINGS}
-        run = na.runs.Run(config.output / f"seed-{seed}", {**settings, "seed": seed}, overwrite=config.overwrite)
-        reports[seed] = one_seed(config, seed, run, console)
+        reports[seed] = one_seed(config, seed, console)
     if len(reports) > 1:
         console.print(over_seeds(reports))
     console.print(f"Figures (PNG, PDF), tables (JSON, Markdown) and arrays (npz): {config.output.resolve()}")
 
 
-def one_seed(config: Config, seed: int, run: na.runs.Run, console: Console) -> na.Report:
+def one_seed(config: Config, seed: int, console: Console) -> na.Report:
     """Images in, figures out."""
     data = na.load_dataset(
         config.dataset, n_train=config.n_train, n_val=config.n_val, n_test=config.n_test, seed=seed, root=config.root,
@@ -90,6 +88,8 @@ def one_seed(config: Config, seed: int, run: na.runs.Run, console: Console) -> n
     arch = build(depth=config.depth, num_classes=data.num_classes).normalized(data.x_train)
     threat = na.attacks.Linf(config.eps)
     judge = na.attacks.PGD(threat, steps=config.attack_steps)
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_SETTINGS}
+    run = na.runs.Run(config.output / f"seed-{seed}", {**settings, "seed": seed}, overwrite=config.overwrite)
     keys = dict(zip(["val", "test", "fit", "report"], jax.random.split(jax.random.key(seed), 4), strict=True))
     title = (
         f"{config.dataset}, {config.architecture.upper()}-{config.depth}, n = {config.n_train}, ε = {config.eps:.3g}"
@@ -196,3 +196,5 @@ if __name__ == "__main__":
         main(tyro.cli(Config))
     except KeyboardInterrupt:
         sys.exit("Stopped. The same command goes on from here.")
+    except (ValueError, OSError, MemoryError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
