@@ -13,7 +13,7 @@ LINTERS := $(VENV)/.stamp-lint
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-all lint format typecheck bench clean
+.PHONY: help install demo test test-slow test-all lint format typecheck bench clean
 
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: $(INSTALLED) ## Show robust overfitting and what stops it, on a small data
 
 test: $(INSTALLED) ## Run the tests, without those that take minutes
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-slow: $(INSTALLED) ## Run the tests that take minutes
+	$(BIN)/python -m pytest -n $(JOBS) -m slow
 
 test-all: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest -n $(JOBS)
