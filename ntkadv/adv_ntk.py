@@ -135,7 +135,8 @@ def fit_adv_ntk(
         initial: xi at the start, the same for all samples; by default 0, and for `"squared"`, whose gradient vanishes
             at 0, `learning_rate / sqrt(n)`.
         held_out: share of the validation images kept out of the batches. Every `held_out_every` steps the robust
-            accuracy on them is measured, and the best `xi` is the result. 0 takes the last.
+            accuracy on them is measured, and the best `xi` is the result. 0 takes the last, and so does a fit too short
+            for one measurement.
         held_out_every: see `held_out`.
         patience: stop after that many such measurements in a row without a better one. None never stops early.
         method: how the linear algebra is done, see `ntkadv.dynamics.solve`. Where Krylov's stopping test fails, the fit
@@ -197,7 +198,8 @@ def fit_adv_ntk(
                 on_step(state.history[-1])
             bar.set_postfix(robust=f"{state.history[-1]['robust_accuracy']:.3f}", refresh=False)
             bar.update()
-    weights, step = (state.best, state.best_step) if count else (state.weights, state.step)
+    is_measured = state.best_step > 0  # not where the fit ended before the first measurement
+    weights, step = (state.best, state.best_step) if is_measured else (state.weights, state.step)
     xi = np.asarray(ways.xi(weights))
     return AdvNTKFit(fit.predictor_at(xi, state.method), xi, state.history, step)
 

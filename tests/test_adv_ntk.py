@@ -136,6 +136,12 @@ def test_the_best_held_out_step_is_kept_and_patience_ends_the_fit(arch, data):
     assert len(accuracies) == min(40, fit.step + 3)
 
 
+def test_a_fit_too_short_for_a_measurement_keeps_its_last_step(arch, data):
+    fit = fit_adv_ntk(arch, data, steps=2, held_out=0.25, held_out_every=5, **SMALL)
+    assert fit.step == 2
+    assert fit.xi.max() > 0
+
+
 def test_nothing_is_compiled_after_the_second_step(arch, data):
     compiled, steps = [], []
     jax.monitoring.register_event_duration_secs_listener(
