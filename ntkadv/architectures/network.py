@@ -65,7 +65,8 @@ class Network(Architecture):
         layers scale and average them.
         """
         nonlinear = [leaf for leaf in self.layer.leaves() if isinstance(leaf, Activation)]
-        return all(isinstance(leaf, Relu) for leaf in nonlinear) and not self._keeps_all_pixels(input_shape)
+        mixes_pixels = required_layout(self.layer, tuple(input_shape)) == "all pixels"
+        return all(isinstance(leaf, Relu) for leaf in nonlinear) and not mixes_pixels
 
     def pair_bytes(self, input_shape: tuple[int, ...]) -> int:
         """Bound the float32 arrays alive at once, per pair, when the kernel and its input gradient are computed.
@@ -88,9 +89,6 @@ class Network(Architecture):
         leaves = list(self.layer.leaves_at(tuple(input_shape)))
         kept = sum(arrays(leaf) * entries(shape) for leaf, shape in leaves)
         return 4 * (kept + 3 * max(entries(shape) for _, shape in leaves))
-
-    def _keeps_all_pixels(self, input_shape: tuple[int, ...]) -> bool:
-        return required_layout(self.layer, tuple(input_shape)) == "all pixels"
 
 
 def _read(covariance: Covariance) -> Kernels:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from typing import Any, Literal, overload
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from ntkadv._checks import require_finite, require_memory
@@ -119,7 +118,7 @@ def gram(
         rows = _padded(images1, corner[0], tile)
         columns = _padded(images1 if images2 is None else images2, corner[1], tile)
         with jax.enable_x64(dtype == "float64"):
-            return _jitted_kernels(arch, rows, columns)
+            return arch.kernels(rows, columns)
 
     start = outputs.resume_at(compute, tiles)
     bar = tqdm(total=len(tiles), initial=start, desc="kernel matrix", unit="tile", disable=not progress, leave=False)
@@ -129,9 +128,7 @@ def gram(
             bar.update()
     if images2 is None:
         with jax.enable_x64(dtype == "float64"):
-            outputs.write_diagonal(
-                [_jitted_diagonal(arch, _padded(images1, i, tile)) for i in range(0, shape[0], tile)]
-            )
+            outputs.write_diagonal([arch.diagonal(_padded(images1, i, tile)) for i in range(0, shape[0], tile)])
     arrays = outputs.finish()
     return Kernels(arrays["nngp"], arrays["ntk"]) if kernel == "both" else arrays[names[0]]
 
@@ -142,16 +139,6 @@ def memory_estimate(
     """Estimate the peak memory, in bytes, of `gram` in float32: `kernels` results of n1 x n2, and two tiles at work."""
     block = min(tile, n1) * min(tile, n2)
     return 4 * kernels * n1 * n2 + block * (arch.pair_bytes(tuple(input_shape)) + 16)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _jitted_kernels(arch: Architecture, x1: Array, x2: Array) -> Kernels:
-    return arch.kernels(x1, x2)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _jitted_diagonal(arch: Architecture, x: Array) -> Kernels:
-    return arch.diagonal(x)
 
 
 def _as_images(name: str, x: Any, dtype: str) -> np.ndarray:

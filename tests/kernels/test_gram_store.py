@@ -1,12 +1,12 @@
 """A kernel matrix kept in a file goes on where it was stopped, and only the one that it is."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 
 from ntkadv.architectures import cnn, mlp
+from ntkadv.architectures.base import Architecture
 from ntkadv.kernels import gram
 
 IMAGE = (4, 3, 2)
@@ -24,8 +24,7 @@ class Stopped(Exception):  # noqa: N818  (it is no error)
 @pytest.fixture
 def stop_after(monkeypatch):
     """Let the computation of tiles stop after so many; count those that were started."""
-    module = sys.modules["ntkadv.kernels.gram"]  # its name in the package is the function's
-    original, started = module._jitted_kernels, []
+    original, started = Architecture.kernels, []
 
     def counted(limit):
         started.clear()
@@ -36,7 +35,7 @@ def stop_after(monkeypatch):
             started.append(None)
             return original(*arguments)
 
-        monkeypatch.setattr(module, "_jitted_kernels", compute)
+        monkeypatch.setattr(Architecture, "kernels", compute)
         return started
 
     return counted
