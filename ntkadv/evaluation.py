@@ -22,7 +22,9 @@ from ntkadv._checks import (
     require_same_length,
 )
 from ntkadv._typing import AnyArray
-from ntkadv.attacks.base import Attack, Model, batches, num_classes_of
+from ntkadv.attacks.base import Attack
+from ntkadv.attacks.model import Model, num_classes_of
+from ntkadv.attacks.search import batches
 from ntkadv.data import Dataset
 from ntkadv.report import CLEAN, WORST_CASE, Evaluation, Report, Score, require_confidence, wilson_interval
 
@@ -191,7 +193,7 @@ def _samples(data: Dataset | tuple[AnyArray, AnyArray], split: str) -> tuple[Any
 
 def _is_correct(model: Model, x: AnyArray, labels: AnyArray, batch_size: int, name: str) -> Bool[np.ndarray, " n"]:
     logits = []
-    for batch in batches(len(x), batch_size):
+    for batch in batches(np.arange(len(x)), batch_size):
         logits.append(np.asarray(_logits(model, jnp.asarray(x[batch.places])))[: batch.size])
     all_logits = np.concatenate(logits)
     require_finite(f"logits ({name})", all_logits)

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int, Key
 from tqdm.auto import tqdm
 
 from ntkadv._typing import AnyArray
-from ntkadv.attacks.base import Attack, Model
+from ntkadv.attacks.base import Attack
+from ntkadv.attacks.model import Model
 
 __all__ = ["RobustnessPath", "robustness_path"]
 

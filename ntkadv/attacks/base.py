@@ -1,16 +1,16 @@
-"""The base of every attack: checks, batches, keys, compilation. A new attack is a file with a subclass."""
+"""The base of every attack: checks, stages, keys. A new attack is a file with a subclass."""
 
 import abc
-from collections.abc import Callable, Iterator
+import copy
+import dataclasses
+import os
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import ClassVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
-from tqdm.auto import tqdm
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from ntkadv._checks import (
     require_images,
@@ -20,30 +20,34 @@ from ntkadv._checks import (
     require_same_length,
 )
 from ntkadv._typing import AnyArray
-from ntkadv.attacks.losses import Loss
+from ntkadv.attacks.best import Best
+from ntkadv.attacks.losses import margin
+from ntkadv.attacks.model import Model, num_classes_of
+from ntkadv.attacks.search import Attacked, Cost, Stage, search
 from ntkadv.attacks.threat_model import ThreatModel, sample_keys
-
-Model: TypeAlias = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
 class Attack(abc.ABC):
     """A search for allowed images that a model classifies wrongly.
 
-    Settings are the fields of a frozen dataclass, checked when it is built and static under `jax.jit`.
+    Settings are the fields of a frozen dataclass, checked when it is built. All but the eps of the threat model are
+    static under `jax.jit`: one program serves any number of radii.
 
     To write an attack, subclass this, add settings (keyword-only, checked in `__post_init__`), and define
 
-    - `perturb`: the attack on one batch, in JAX;
-    - `name`: a short label for tables, which tells apart the settings people vary.
-
-    Attacks that decide on the host what to do next (such as running only on samples still unbroken) override `run`.
+    - `perturb`: the attack on one batch, in JAX; where the samples that it breaks early should not be tried again, by
+      other starts or targets, subclass `RepeatedAttack` instead and define one `attempt`;
+    - `cost`: how often it passes through the model;
+    - `name`: a short label for tables, which tells apart the settings people vary;
+    - `black_box = True` as a class attribute, if it uses no gradients.
 
     Args:
         threat: What may be changed.
     """
 
     threat: ThreatModel
+    black_box: ClassVar[bool] = False
 
     def __post_init__(self):
         if not isinstance(self.threat, ThreatModel):
@@ -56,6 +60,11 @@ class Attack(abc.ABC):
         """Short label for tables."""
         return type(self).__name__
 
+    def cost(self, num_classes: int) -> Cost:
+        """Passes through the model that one attempt makes for one sample, at most."""
+        del num_classes
+        return Cost()
+
     @abc.abstractmethod
     def perturb(
         self,
@@ -66,24 +75,84 @@ class Attack(abc.ABC):
     ) -> Float[Array, "b h w c"]:
         """Attack one batch; no checks, no compilation: for use inside `jax.jit`, with one key for each sample."""
 
+    def attempt(
+        self,
+        model: Model,
+        x: Float[Array, "b h w c"],
+        labels: Int[Array, " b"],
+        keys: Key[Array, " b"],
+        number: UInt32[Array, ""],
+    ) -> Float[Array, "b h w c"]:
+        """One stage of the attack on one batch, in JAX; for most attacks there is one, the whole of it."""
+        del number
+        return self.perturb(model, x, labels, keys)
+
+    def stages(self, num_classes: int) -> tuple[Stage, ...]:
+        """What is compiled and run, one after the other, each on the samples that all before it left unbroken."""
+        del num_classes
+        return (Stage(self, 0, (), self.name),)
+
+    @property
+    def starts_from_correct(self) -> bool:
+        """Whether samples that are misclassified as they are stay as they are."""
+        return False
+
+    def with_eps(self, eps: float | Array) -> "Attack":
+        """Give the same attack with another radius, which may be traced: then nothing is checked."""
+        if isinstance(eps, Tracer):
+            attack = copy.copy(self)
+            object.__setattr__(attack, "threat", self.threat.with_eps(eps))
+            return attack
+        return dataclasses.replace(self, threat=self.threat.with_eps(eps))
+
     def run(
         self,
         model: Model,
-        x: Float[Array, "n h w c"],
-        labels: Int[Array, " n"],
-        keys: Key[Array, " n"],
+        x: Float[AnyArray, "n h w c"],
+        labels: Int[AnyArray, " n"],
         *,
-        batch_size: int,
+        key: Key[Array, ""],
+        batch_size: int | None = None,
+        state_path: str | os.PathLike[str] | None = None,
         progress: bool = False,
-    ) -> Float[Array, "n h w c"]:
-        """Attack all samples, batch by batch, each of them compiled as one program."""
-        adversarial = []
-        for batch in batches(len(x), batch_size, self.name if progress else None):
-            places = jnp.asarray(batch.places)
-            points, is_finite = _perturb(self, model, x[places], labels[places], keys[places])
-            _require_finite_logits(np.asarray(is_finite), batch)
-            adversarial.append(points[: batch.size])
-        return jnp.concatenate(adversarial)
+    ) -> Attacked:
+        """Attack images, and say what was done: see `__call__` for the arguments that both have.
+
+        Args:
+            model: A function in JAX from images to logits.
+            x: Clean images.
+            labels: True classes.
+            key: A random key.
+            batch_size: Number of images attacked at a time.
+            state_path: A file for what has been computed. Where it exists, the attack goes on from there, and ends as
+                if it had never been stopped, bit for bit.
+            progress: Show a bar over the batches.
+
+        Returns:
+            The attacked images, which samples are misclassified and what broke them, a log, and the cost.
+
+        Raises:
+            TypeError, ValueError: as `__call__` does; and if the state file is that of another evaluation.
+        """
+        require_images("x", x)
+        require_same_length(x=x, labels=labels)
+        require_key("key", key)
+        if batch_size is not None:
+            require_int("batch_size", batch_size, minimum=1)
+        num_classes = num_classes_of(model, x)
+        require_labels("labels", labels, num_classes)
+        return search(
+            self,
+            self.stages(num_classes),
+            model,
+            jnp.asarray(x),
+            jnp.asarray(labels, jnp.int32),
+            sample_keys(key, len(x)),
+            num_classes=num_classes,
+            batch_size=len(x) if batch_size is None else min(batch_size, len(x)),
+            state_path=state_path,
+            progress=progress,
+        )
 
     def __call__(
         self,
@@ -104,7 +173,7 @@ class Attack(abc.ABC):
             model: A function in JAX from images (b, h, w, c) to logits (b, num_classes) that treats samples
                 independently. A pytree (an Equinox module, a `KernelPredictor`) is compiled once for all its values; a
                 plain function once for each function object, so pass the same object again, not a new lambda.
-            x: Clean images, pixels in [0, 1].
+            x: Clean images, pixels in [0, 1]. The search is done in float32 at least; the model sees the dtype of `x`.
             labels: True classes.
             key: A random key.
             batch_size: Number of images attacked at a time; all, if not given.
@@ -118,113 +187,43 @@ class Attack(abc.ABC):
             ValueError: Pixels outside [0, 1], no images, labels out of range, a model whose result is not
                 (b, num_classes), or which is not finite at the clean images.
         """
-        require_images("x", x)
-        require_same_length(x=x, labels=labels)
-        require_key("key", key)
-        if batch_size is not None:
-            require_int("batch_size", batch_size, minimum=1)
-        require_labels("labels", labels, num_classes_of(model, x))
-        return self.run(
-            model,
-            jnp.asarray(x),
-            jnp.asarray(labels, jnp.int32),
-            sample_keys(key, len(x)),
-            batch_size=len(x) if batch_size is None else min(batch_size, len(x)),
-            progress=progress,
-        )
+        return self.run(model, x, labels, key=key, batch_size=batch_size, progress=progress).points
 
 
-class Best(NamedTuple):
-    """The strongest point found so far for each sample.
+@dataclass(frozen=True)
+class RepeatedAttack(Attack):
+    """An attack that tries more than once, from other starts or towards other classes, until a sample is broken.
 
-    A misclassified point beats every correctly classified one; among equals the larger loss wins, and of equal losses
-    the later point. Points with logits that are not finite are never kept.
+    Define `attempts`, how many there are, and `attempt`, one of them. The first is made on all samples, the others on
+    those that are still classified correctly. Of the points found for a sample that stays so, the one of largest margin
+    loss is kept.
     """
 
-    point: Float[Array, "b h w c"]
-    loss: Float[Array, " b"]
-    is_wrong: Bool[Array, " b"]
+    @abc.abstractmethod
+    def attempts(self, num_classes: int) -> int:
+        """Number of attempts."""
 
-    @classmethod
-    def nothing(cls, x: Float[Array, "b h w c"], dtype: Any) -> "Best":
-        """Start from the points `x`, which any other beats."""
-        return cls(x, jnp.full(len(x), -jnp.inf, dtype), jnp.zeros(len(x), bool))
+    @abc.abstractmethod
+    def attempt(self, model, x, labels, keys, number) -> Array:
+        """One attempt on one batch, in JAX; `keys` are its own."""
 
-    def update(
-        self,
-        point: Float[Array, "b h w c"],
-        loss: Float[Array, " b"],
-        logits: Float[Array, "b classes"],
-        labels: Int[Array, " b"],
-    ) -> "Best":
-        """Take `point` wherever it is stronger."""
-        is_wrong = jnp.argmax(logits, axis=1) != labels
-        is_stronger = (is_wrong & ~self.is_wrong) | ((is_wrong == self.is_wrong) & (loss >= self.loss))
-        is_stronger &= jnp.isfinite(logits).all(axis=1)
-        return Best(
-            jnp.where(is_stronger[:, None, None, None], point, self.point),
-            jnp.where(is_stronger, loss, self.loss),
-            jnp.where(is_stronger, is_wrong, self.is_wrong),
-        )
+    def stages(self, num_classes: int) -> tuple[Stage, ...]:
+        """Give the attempts, see `Attack.stages`."""
+        return tuple(Stage(self, i, (i,), self.name) for i in range(self.attempts(num_classes)))
+
+    def perturb(self, model, x, labels, keys):
+        """Attack one batch, see `Attack.perturb`."""
+        logits = jax.eval_shape(model, x)
+
+        def step(best, number):
+            point = self.attempt(model, x, labels, fold_in_each(keys, number), number)
+            logits = model(point)
+            return best.update(point, margin(logits, labels), logits, labels, until_wrong=True), None
+
+        numbers = jnp.arange(self.attempts(logits.shape[1]), dtype=jnp.uint32)
+        return jax.lax.scan(step, Best.nothing(x, logits.dtype), numbers)[0].point
 
 
-class Batch(NamedTuple):
-    """Places of the samples of one batch, the last repeated to fill it; the first `size` of them count."""
-
-    places: np.ndarray
-    size: int
-
-
-def batches(n: int, batch_size: int, label: str | None = None) -> Iterator[Batch]:
-    """Cut n samples into batches of one size; with a `label`, show a progress bar over several."""
-    for first in tqdm(range(0, n, batch_size), desc=label, disable=label is None or n <= batch_size, leave=False):
-        places = np.minimum(np.arange(first, first + batch_size), n - 1)
-        yield Batch(places, min(batch_size, n - first))
-
-
-def loss_and_gradient(
-    model: Model, loss: Loss, x: Float[Array, "b h w c"], labels: Int[Array, " b"]
-) -> tuple[Float[Array, " b"], Float[Array, "b h w c"], Float[Array, "b classes"]]:
-    """Losses, their gradients in `x` (zero where not finite) and the logits, from one pass through the model."""
-
-    def total(x):
-        logits = model(x)
-        losses = loss(logits, labels)
-        return jnp.sum(losses), (losses, logits)
-
-    (_, (losses, logits)), gradient = jax.value_and_grad(total, has_aux=True)(x)
-    return losses, jnp.where(jnp.isfinite(gradient), gradient, 0), logits
-
-
-def num_classes_of(model: Model, x: AnyArray) -> int:
-    """Find the number of outputs of the model, without running it.
-
-    Raises:
-        TypeError: `model` is not callable, or does not return an array of floats.
-        ValueError: its result does not have the shape (b, num_classes) with two classes at least.
-    """
-    if not callable(model):
-        raise TypeError(f"model must be a function from images to logits, got {type(model).__name__}.")
-    logits = jax.eval_shape(lambda x: model(x), jax.ShapeDtypeStruct(x.shape, jnp.asarray(x[:1]).dtype))
-    if not (hasattr(logits, "dtype") and jnp.issubdtype(logits.dtype, jnp.floating)):
-        raise TypeError(f"model must return one array of floats, got {logits}; return the logits only.")
-    if logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.shape[1] < 2:
-        raise ValueError(
-            f"model must return logits ({x.shape[0]}, num_classes) with at least two classes for images {x.shape}, "
-            f"got {logits.shape}; write two classes with one score s as the columns (0, s)."
-        )
-    return logits.shape[1]
-
-
-@eqx.filter_jit
-def _perturb(attack: Attack, model: Model, x: Array, labels: Array, keys: Array) -> tuple[Array, Array]:
-    return attack.perturb(model, x, labels, keys).astype(x.dtype), jnp.isfinite(model(x)).all(axis=1)
-
-
-def _require_finite_logits(is_finite: np.ndarray, batch: Batch) -> None:
-    bad = batch.places[: batch.size][~is_finite[: batch.size]]
-    if bad.size:
-        raise ValueError(
-            f"model must be finite at the clean images, but its logits at x[{bad[0]}] are not ({bad.size} such in this "
-            f"batch of {batch.size}); an attack on NaN proves nothing, so look into the model first."
-        )
+def fold_in_each(keys: Key[Array, " b"], number: UInt32[Array, ""]) -> Key[Array, " b"]:
+    """Fold one number into each key."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)

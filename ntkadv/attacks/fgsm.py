@@ -2,8 +2,10 @@
 
 from dataclasses import KW_ONLY, dataclass
 
-from ntkadv.attacks.base import Attack, loss_and_gradient
+from ntkadv.attacks.base import Attack
 from ntkadv.attacks.losses import Loss, get_loss, loss_suffix
+from ntkadv.attacks.model import loss_and_gradient
+from ntkadv.attacks.search import Cost
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class FGSM(Attack):
     def name(self) -> str:
         """`FGSM`, and the loss where it is not the squared one."""
         return "FGSM" + loss_suffix(self.loss)
+
+    def cost(self, num_classes: int) -> Cost:
+        """Count passes through the model, see `Attack.cost`."""
+        return Cost(gradients=1)
 
     def perturb(self, model, x, labels, keys):
         """Attack one batch, see `Attack.perturb`."""

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from ntkadv._checks import require_int, require_nonnegative
-from ntkadv.attacks.base import Attack, Best, loss_and_gradient
+from ntkadv.attacks.base import Attack, fold_in_each
+from ntkadv.attacks.best import Best
 from ntkadv.attacks.losses import Loss, get_loss, loss_suffix
+from ntkadv.attacks.model import loss_and_gradient
+from ntkadv.attacks.search import Cost
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class PGD(Attack):
         """`PGD-20`; then the restarts, where there are several, and the loss, where it is not the squared one."""
         return f"PGD-{self.steps}" + (f"-{self.restarts}" if self.restarts > 1 else "") + loss_suffix(self.loss)
 
+    def cost(self, num_classes: int) -> Cost:
+        """Count passes through the model, see `Attack.cost`."""
+        return Cost(gradients=self.steps, forwards=1).times(self.restarts)
+
     def perturb(self, model, x, labels, keys):
         """Attack one batch, see `Attack.perturb`."""
         loss = get_loss(self.loss)
@@ -78,7 +85,7 @@ class PGD(Attack):
         def restart(best, number):
             start = x
             if self.random_start:
-                start = self.threat.random_point(jax.vmap(jax.random.fold_in, (0, None))(keys, number), x)
+                start = self.threat.random_point(fold_in_each(keys, number), x)
             (point, best), _ = jax.lax.scan(step, (start, best), length=self.steps)
             if not self.keep_best:
                 return best._replace(point=point), None

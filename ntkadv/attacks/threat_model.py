@@ -1,11 +1,14 @@
 """What an attacker may do: a ball around the clean image, cut with the box [0, 1] of valid pixels."""
 
 import abc
+import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from ntkadv._checks import require_nonnegative
@@ -17,8 +20,9 @@ Images = Float[Array, "b h w c"]
 class ThreatModel(abc.ABC):
     """Perturbations of norm at most `eps`, in units of pixels in [0, 1], that keep every pixel in [0, 1].
 
-    A threat model is a static value under `jax.jit`. A new one defines `_into_ball`, `_random_offset`, `step` and
-    `distance`; `_into_ball` must not move a coordinate away from its clean value, so that clipping keeps the ball.
+    A threat model is a static value under `jax.jit`, but for `with_eps`. A new one defines `_into_ball`,
+    `_random_offset`, `step` and `distance`; `_into_ball` must not move a coordinate away from its clean value, so that
+    clipping keeps the ball.
 
     Raises:
         ValueError: `eps` is negative, NaN or infinite. Zero is allowed: nothing may be changed.
@@ -31,9 +35,20 @@ class ThreatModel(abc.ABC):
         require_nonnegative("eps", self.eps)
         object.__setattr__(self, "eps", float(self.eps))
 
+    def with_eps(self, eps: float | Array) -> "ThreatModel":
+        """Give the same threat model with another radius, which may be traced: then it is not checked."""
+        if isinstance(eps, Tracer):
+            threat = copy.copy(self)
+            object.__setattr__(threat, "eps", eps)
+            return threat
+        return dataclasses.replace(self, eps=eps)
+
     def project(self, x: Images, x_clean: Images) -> Images:
-        """Nearest allowed point for `Linf`; for `L2` the nearest point of the ball, clipped to [0, 1]."""
-        return jnp.clip(x_clean + self._into_ball(x - x_clean), 0, 1)
+        """Nearest allowed point for `Linf` and `L1`; for `L2` the nearest point of the ball, clipped to [0, 1].
+
+        No pixel is further from its clean value than the projection says: sums are rounded towards the clean image.
+        """
+        return move(x_clean, self._into_ball(x - x_clean, x_clean))
 
     def random_point(self, key: Key[Array, ""] | Key[Array, " b"], x_clean: Images) -> Images:
         """Draw points uniformly in the balls around the clean ones, clipped to [0, 1].
@@ -52,7 +67,7 @@ class ThreatModel(abc.ABC):
         """Norm of each perturbation."""
 
     @abc.abstractmethod
-    def _into_ball(self, offset: Images) -> Images: ...
+    def _into_ball(self, offset: Images, x_clean: Images) -> Images: ...
 
     @abc.abstractmethod
     def _random_offset(self, key: Key[Array, ""], image: Float[Array, "h w c"]) -> Float[Array, "h w c"]: ...
@@ -81,7 +96,8 @@ class Linf(ThreatModel):
         """Largest change of a pixel."""
         return jnp.max(jnp.abs(x - x_clean), axis=(1, 2, 3))
 
-    def _into_ball(self, offset: Images) -> Images:
+    def _into_ball(self, offset: Images, x_clean: Images) -> Images:
+        del x_clean
         return jnp.clip(offset, -self.eps, self.eps)
 
     def _random_offset(self, key, image):
@@ -105,7 +121,8 @@ class L2(ThreatModel):
         """Euclidean norm of each perturbation."""
         return _norm(x - x_clean)[:, 0, 0, 0]
 
-    def _into_ball(self, offset: Images) -> Images:
+    def _into_ball(self, offset: Images, x_clean: Images) -> Images:
+        del x_clean
         norm = _norm(offset)
         return offset * jnp.where(norm > self.eps, self.eps / jnp.where(norm > 0, norm, 1), 1)
 
@@ -116,6 +133,67 @@ class L2(ThreatModel):
         return self.eps * radius * direction / jnp.linalg.norm(direction)
 
 
+@dataclass(frozen=True)
+class L1(ThreatModel):
+    r"""The absolute changes of an image, over all pixels and channels, sum to at most `eps`; usually 12 on CIFAR-10.
+
+    The projection is that onto the ball and the box [0, 1] at once, which is not the ball's followed by clipping:
+
+    .. math:: \delta_i = \mathrm{sign}(u_i)\, \min(\max(|u_i| - \lambda, 0), r_i)
+
+    with :math:`r_i` the room that pixel i has in the direction of :math:`u_i`, and the smallest :math:`\lambda \ge 0`
+    for which the changes sum to at most eps. It is piecewise linear in :math:`\lambda`, and solved exactly.
+
+    Source: Croce & Hein, ICML 2021, arXiv 2103.01208.
+    """
+
+    norm: ClassVar[str] = "L1"
+
+    def step(self, gradient: Images) -> Images:
+        """Sign of the gradient on the hundredth of the coordinates where it is largest, of unit norm (SLIDE).
+
+        Source: Tramèr & Boneh, NeurIPS 2019, arXiv 1904.13000.
+        """
+        return sparse_step(gradient, jnp.full(len(gradient), 0.01, gradient.dtype))
+
+    def distance(self, x: Images, x_clean: Images) -> Float[Array, " b"]:
+        """Sum of the absolute changes."""
+        return jnp.sum(jnp.abs(x - x_clean), axis=(1, 2, 3))
+
+    def _into_ball(self, offset: Images, x_clean: Images) -> Images:
+        room = jnp.where(offset > 0, 1 - x_clean, x_clean).reshape(len(offset), -1)
+        # A part in a million less, since sums of many pixels are rounded.
+        eps = self.eps * (1 - 1e-6)
+        size = jax.vmap(_cut, (0, 0, None))(jnp.abs(offset).reshape(len(offset), -1), room, eps)
+        return jnp.sign(offset) * size.reshape(offset.shape)
+
+    def _random_offset(self, key, image):
+        size_key, sign_key = jax.random.split(key)
+        size = jax.random.exponential(size_key, (image.size + 1,), image.dtype)
+        sign = jax.random.rademacher(sign_key, image.shape, image.dtype)
+        return self.eps * sign * (size[:-1] / jnp.sum(size)).reshape(image.shape)
+
+
+def sparse_step(gradient: Images, share: Float[Array, " b"]) -> Images:
+    """Sign of the gradient on the given share of the coordinates where it is largest, one at least; of unit L1 norm."""
+    flat = jnp.abs(gradient).reshape(len(gradient), -1)
+    size = flat.shape[1]
+    place = jnp.clip(jnp.floor((1 - share) * size), 0, size - 1).astype(jnp.int32)
+    least = jnp.take_along_axis(jnp.sort(flat, axis=1), place[:, None], axis=1)
+    sign = jnp.where(flat >= least, jnp.sign(gradient.reshape(flat.shape)), 0)
+    count = jnp.sum(jnp.abs(sign), axis=1, keepdims=True)
+    return (sign / jnp.maximum(count, 1)).reshape(gradient.shape)
+
+
+def move(x: Images, offset: Images) -> Images:
+    """Images x + offset, clipped to [0, 1], in the dtype of `x`; rounded towards `x`, so never further off."""
+    work = jnp.promote_types(x.dtype, offset.dtype)
+    start, offset = x.astype(work), offset.astype(work)
+    moved = jnp.clip(start + offset, 0, 1).astype(x.dtype)
+    is_too_far = jnp.abs(moved.astype(work) - start) > jnp.abs(offset)
+    return jnp.where(is_too_far, jnp.nextafter(moved, x), moved)
+
+
 def sample_keys(key: Key[Array, ""], n: int, *, first: int = 0) -> Key[Array, " n"]:
     """One key for each of the samples first, ..., first + n - 1, the same however samples are grouped."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(first, first + n, dtype=jnp.uint32))
@@ -123,3 +201,20 @@ def sample_keys(key: Key[Array, ""], n: int, *, first: int = 0) -> Key[Array, " 
 
 def _norm(x: Images) -> Float[Array, "b 1 1 1"]:
     return jnp.sqrt(jnp.sum(x**2, axis=(1, 2, 3), keepdims=True))
+
+
+def _cut(size: Float[Array, " d"], room: Float[Array, " d"], eps: float | Array) -> Float[Array, " d"]:
+    """Sizes min(max(size - lambda, 0), room) that sum to eps at most, for the smallest lambda >= 0."""
+    # As lambda grows, the sum falls by one more coordinate from size - room on, and by one less from size on.
+    starts, ends = jnp.maximum(size - room, 0), size
+    order = jnp.argsort(jnp.concatenate([starts, ends]))
+    points = jnp.concatenate([starts, ends])[order]
+    falling = jnp.cumsum(jnp.where(order < len(size), 1, -1)).astype(size.dtype)
+    total = jnp.sum(jnp.minimum(size, room))
+    sums = total - jnp.cumsum(jnp.diff(points, append=points[-1:]) * falling)
+    # The piece that begins at points[k] ends with the sum sums[k].
+    k = jnp.argmax(sums <= eps)
+    before = jnp.where(k > 0, sums[k - 1], total)
+    shift = points[k] + (before - eps) / jnp.maximum(falling[k], 1)
+    cut = jnp.clip(size - jnp.where(total > eps, jnp.maximum(shift, 0), 0), 0, room)
+    return cut * jnp.minimum(1, eps / jnp.maximum(jnp.sum(cut), jnp.finfo(size.dtype).tiny))
