@@ -61,7 +61,7 @@ class Attack(abc.ABC):
         return type(self).__name__
 
     def cost(self, num_classes: int) -> Cost:
-        """Passes through the model that one attempt makes for one sample, at most."""
+        """Count the passes through the model that one attempt makes for one sample, at most."""
         del num_classes
         return Cost()
 
@@ -88,7 +88,7 @@ class Attack(abc.ABC):
         return self.perturb(model, x, labels, keys)
 
     def stages(self, num_classes: int) -> tuple[Stage, ...]:
-        """What is compiled and run, one after the other, each on the samples that all before it left unbroken."""
+        """List what is compiled and run, one after the other, each on the samples that all before it left unbroken."""
         del num_classes
         return (Stage(self, 0, (), self.name),)
 
@@ -96,6 +96,11 @@ class Attack(abc.ABC):
     def starts_from_correct(self) -> bool:
         """Whether samples that are misclassified as they are stay as they are."""
         return False
+
+    @property
+    def black_box_parts(self) -> tuple[str, ...]:
+        """Names of the parts of a composed attack that use no gradients."""
+        return ()
 
     def with_eps(self, eps: float | Array) -> "Attack":
         """Give the same attack with another radius, which may be traced: then nothing is checked."""
@@ -201,7 +206,7 @@ class RepeatedAttack(Attack):
 
     @abc.abstractmethod
     def attempts(self, num_classes: int) -> int:
-        """Number of attempts."""
+        """Give the number of attempts."""
 
     @abc.abstractmethod
     def attempt(self, model, x, labels, keys, number) -> Array:

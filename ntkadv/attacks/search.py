@@ -66,7 +66,7 @@ class Searching(Protocol):
         ...
 
     def cost(self, num_classes: int) -> Cost:
-        """Passes through the model that one attempt makes for one sample."""
+        """Count the passes through the model that one attempt makes for one sample."""
         ...
 
 
@@ -115,7 +115,7 @@ class Batch(NamedTuple):
 
 def batches(places: Int[np.ndarray, " m"], batch_size: int) -> list[Batch]:
     """Cut places into batches of one size, the smallest half, quarter, ... of `batch_size` that holds all of few."""
-    while 1 < batch_size and len(places) <= (half := -(-batch_size // 2)):
+    while batch_size > 1 and len(places) <= (half := -(-batch_size // 2)):
         batch_size = half
     return [
         Batch(np.resize(np.pad(places[i : i + batch_size], (0, batch_size), mode="edge"), batch_size),
@@ -249,7 +249,7 @@ def search(
 
 
 def _traced(stage: Stage, dtype: Any) -> tuple[Searching, Array, Array]:
-    """What is static of a stage, and what is not: number and radius."""
+    """Split a stage into what is static and what is not: number and radius."""
     template = stage.attack.with_eps(0.0)
     eps = jnp.asarray(stage.attack.threat.eps, jnp.promote_types(dtype, jnp.float32))
     return template, jnp.asarray(stage.number, jnp.uint32), eps
@@ -306,7 +306,7 @@ def _with_bar(todo: Sequence[Batch], done: int, stage: Stage, stages: int, progr
 
 
 def _identity(attack: Searching, x: Array, labels: Array, keys: Array) -> dict[str, str]:
-    """What tells one search from another, but for the model, which is known by its logits."""
+    """Tell one search from another, but for the model, which is known by its logits."""
     images = np.asarray(x)
     return {
         "attack": repr(attack),
