@@ -4,10 +4,23 @@
 one attack a file.
 """
 
+from ntkadv.attacks.apgd import APGD, TargetedAPGD
 from ntkadv.attacks.base import Attack, RepeatedAttack
 from ntkadv.attacks.fgsm import FGSM
 from ntkadv.attacks.losses import LOSSES
 from ntkadv.attacks.pgd import PGD
 from ntkadv.attacks.threat_model import L1, L2, Linf, ThreatModel
 
-__all__ = ["FGSM", "L1", "L2", "LOSSES", "PGD", "Attack", "Linf", "RepeatedAttack", "ThreatModel"]
+__all__ = [
+    "APGD",
+    "FGSM",
+    "L1",
+    "L2",
+    "LOSSES",
+    "PGD",
+    "Attack",
+    "Linf",
+    "RepeatedAttack",
+    "TargetedAPGD",
+    "ThreatModel",
+]
