@@ -1,9 +1,12 @@
 """One judge for all: accuracy under attack with intervals, and tables that compare models."""
 
 import dataclasses
+import os
 import time
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import equinox as eqx
@@ -21,12 +24,15 @@ from ntkadv._checks import (
     require_labels,
     require_same_length,
 )
+from ntkadv._tables import file_name
 from ntkadv._typing import AnyArray
 from ntkadv.attacks.base import Attack
+from ntkadv.attacks.checks import EvaluationWarning, Flag, check_model, check_outcome
 from ntkadv.attacks.model import Model, num_classes_of
-from ntkadv.attacks.search import batches
+from ntkadv.attacks.search import Cost, batches
 from ntkadv.data import Dataset
-from ntkadv.report import CLEAN, WORST_CASE, Evaluation, Report, Score, require_confidence, wilson_interval
+from ntkadv.report import CLEAN, WORST_CASE, Evaluation, Report, Score
+from ntkadv.statistics import require_confidence, wilson_interval
 
 __all__ = ["Evaluation", "Report", "Score", "compare", "evaluate", "wilson_interval"]
 
@@ -42,11 +48,14 @@ def evaluate(
     batch_size: int = 256,
     split: Split = "test",
     keep_adversarial: bool = False,
+    state: str | os.PathLike[str] | None = None,
+    check: bool = True,
     progress: bool = True,
 ) -> Evaluation:
     """Find out which samples a model classifies correctly, as they are and under each attack.
 
-    Every attack runs on all samples. Its random numbers depend on `key` and on its name, not on the other attacks.
+    Every attack runs on all samples, and the images that it returns are judged anew. Its random numbers depend on `key`
+    and on its name, not on the other attacks.
 
     Args:
         model: A function in JAX from images (b, h, w, c) to logits (b, num_classes), see `Attack`.
@@ -56,31 +65,28 @@ def evaluate(
         batch_size: Number of images at a time.
         split: Which part of a data set to use.
         keep_adversarial: Keep the attacked images in the result.
+        state: A folder for what has been computed, made if need be; a stopped evaluation goes on from there. It serves
+            one model; another one, other data or other settings are refused.
+        check: Look for signs that the accuracies are not to be trusted, see `check_model` and `check_outcome`. Each is
+            an `EvaluationWarning`, and is kept in `Evaluation.flags`.
         progress: Show progress bars.
 
     Raises:
-        TypeError, ValueError: as `Attack` does; and if two attacks share a name or the logits are not finite.
+        TypeError, ValueError: as `Attack` does; and if two attacks share a name, the logits are not finite, or `state`
+            holds another evaluation.
     """
-    x, labels = _samples(data, split)
-    named = name_attacks(attacks)
-    require_key("key", key)
-    require_int("batch_size", batch_size, minimum=1)
-    require_labels("labels", labels, num_classes_of(model, x))
-    batch_size = min(batch_size, len(x))
-
-    start = time.perf_counter()
-    correct = {CLEAN: _is_correct(model, x, labels, batch_size, CLEAN)}
-    seconds = {CLEAN: time.perf_counter() - start}
-    adversarial = {}
-    for name, attack in named.items():
-        attack_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        start = time.perf_counter()
-        attacked = attack(model, x, labels, key=attack_key, batch_size=batch_size, progress=progress)
-        correct[name] = _is_correct(model, attacked, labels, batch_size, name)
-        seconds[name] = time.perf_counter() - start
-        if keep_adversarial:
-            adversarial[name] = np.asarray(attacked)
-    return Evaluation(correct, seconds, adversarial if keep_adversarial else None)
+    return _evaluate(
+        model,
+        data,
+        attacks,
+        key=key,
+        batch_size=batch_size,
+        split=split,
+        keep_adversarial=keep_adversarial,
+        state=state,
+        check=check,
+        progress=progress,
+    )
 
 
 def compare(
@@ -93,6 +99,9 @@ def compare(
     split: Split = "test",
     confidence: float = 0.95,
     keep_adversarial: bool = False,
+    state: str | os.PathLike[str] | None = None,
+    check: bool = True,
+    info: Mapping[str, Mapping[str, str]] | None = None,
     progress: bool = True,
 ) -> Report:
     """Evaluate several models, given by name, on the same samples with the same attacks and random numbers.
@@ -106,20 +115,26 @@ def compare(
         split: Which part of a data set to use.
         confidence: Level of the intervals that the report shows.
         keep_adversarial: Keep the attacked images in `Report.evaluations`.
+        state: A folder for what has been computed, see `evaluate`; each model gets one inside it.
+        check: Look for signs that the accuracies are not to be trusted, see `evaluate`.
+        info: What else the report's file says of a model, in the words of RobustBench: `architecture`, `venue`, `link`,
+            `authors`, ...
         progress: Show progress bars.
 
     Raises:
-        TypeError, ValueError: as `evaluate` does; and if there are no models.
+        TypeError, ValueError: as `evaluate` does; and if there are no models, or `info` is about another one.
     """
-    if not isinstance(models, Mapping) or not models:
-        raise ValueError(f'models must be a dictionary with at least one model by name, got {models!r}; {{"NTK": f}}.')
+    models = require_models("models", models)
+    unknown = [name for name in info or {} if name not in models]
+    if unknown:
+        raise ValueError(f"info must be about the models {', '.join(map(repr, models))}, got {unknown[0]!r}.")
     require_confidence(confidence)
     key = jax.random.key(0) if key is None else key
     named = name_attacks(attacks)
     evaluations = {}
     for name, model in (bar := tqdm(models.items(), disable=not progress)):
         bar.set_description(name)
-        evaluations[name] = evaluate(
+        evaluations[name] = _evaluate(
             model,
             data,
             named,
@@ -127,14 +142,96 @@ def compare(
             batch_size=batch_size,
             split=split,
             keep_adversarial=keep_adversarial,
+            state=None if state is None else Path(state) / file_name(name),
+            check=check,
             progress=progress,
+            prefix=f"{name}: ",
         )
     rows = {
         name: {column: dataclasses.replace(score, confidence=confidence) for column, score in evaluation.scores.items()}
         for name, evaluation in evaluations.items()
     }
-    n = next(iter(rows.values()))[CLEAN].n
-    return Report(rows, {name: settings_of(attack) for name, attack in named.items()}, n, confidence, evaluations)
+    return Report(
+        rows,
+        {name: settings_of(attack) for name, attack in named.items()},
+        next(iter(rows.values()))[CLEAN].n,
+        confidence,
+        evaluations,
+        {name: evaluation.flags for name, evaluation in evaluations.items() if evaluation.flags},
+        data.name if isinstance(data, Dataset) else None,
+        {name: dict(said) for name, said in (info or {}).items()},
+    )
+
+
+def _evaluate(
+    model: Model,
+    data: Dataset | tuple[AnyArray, AnyArray],
+    attacks: Iterable[Attack] | Mapping[str, Attack],
+    *,
+    key: Key[Array, ""],
+    batch_size: int,
+    split: Split,
+    keep_adversarial: bool,
+    state: str | os.PathLike[str] | None,
+    check: bool,
+    progress: bool,
+    prefix: str = "",
+) -> Evaluation:
+    """As `evaluate`; `prefix` begins each warning."""
+    x, labels = samples_of(data, split)
+    named = name_attacks(attacks)
+    require_key("key", key)
+    require_int("batch_size", batch_size, minimum=1)
+    require_labels("labels", labels, num_classes_of(model, x))
+    batch_size = min(batch_size, len(x))
+    folder = None if state is None else Path(state)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    start = time.perf_counter()
+    correct = {CLEAN: is_correct(model, x, labels, batch_size, CLEAN)}
+    seconds = {CLEAN: time.perf_counter() - start}
+    result = Evaluation(correct, seconds, {} if keep_adversarial else None, {CLEAN: Cost(0, len(x))})
+    if check:
+        _flag(result, check_model(model, x, labels, batch_size=batch_size), prefix)
+    for name, attack in named.items():
+        start = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EvaluationWarning)
+            attacked = attack.run(
+                model,
+                x,
+                labels,
+                key=jax.random.fold_in(key, zlib.crc32(name.encode())),
+                batch_size=batch_size,
+                state_path=None if folder is None else folder / f"{file_name(name)}.npz",
+                progress=progress,
+            )
+        correct[name] = is_correct(model, attacked.points, labels, batch_size, name)
+        seconds[name] = time.perf_counter() - start
+        result.costs[name] = attacked.cost
+        result.logs[name] = attacked.log
+        result.fell_to[name] = attacked.fell_to
+        if result.adversarial is not None:
+            result.adversarial[name] = np.asarray(attacked.points)
+    if check:
+        under_attack = {name: correct[name] for name in named}
+        _flag(result, check_outcome(under_attack, named, result.fell_to), prefix)
+    return result
+
+
+def _flag(result: Evaluation, flags: list[Flag], prefix: str) -> None:
+    """Keep flags, and warn of them where `evaluate` or `compare` was called."""
+    for flag in flags:
+        result.flags.append(flag)
+        warnings.warn(prefix + flag.message, EvaluationWarning, stacklevel=4)
+
+
+def require_models(name: str, models: Mapping[str, Model]) -> dict[str, Model]:
+    """Require a dictionary with one model at least."""
+    if not isinstance(models, Mapping) or not models:
+        raise ValueError(f'{name} must be a dictionary with at least one model by name, got {models!r}; {{"NTK": f}}.')
+    return dict(models)
 
 
 def name_attacks(attacks: Iterable[Attack] | Mapping[str, Attack]) -> dict[str, Attack]:
@@ -177,7 +274,8 @@ def settings_of(attack: Attack) -> dict[str, Any]:
     return {"attack": type(attack).__name__, "norm": attack.threat.norm, "eps": attack.threat.eps, **plain}
 
 
-def _samples(data: Dataset | tuple[AnyArray, AnyArray], split: str) -> tuple[AnyArray, AnyArray]:
+def samples_of(data: Dataset | tuple[AnyArray, AnyArray], split: str) -> tuple[AnyArray, AnyArray]:
+    """Images and labels of one part of a data set, or of a pair."""
     if isinstance(data, Dataset):
         if split not in ("test", "val", "train"):
             raise ValueError(f"split must be 'test', 'val' or 'train', got {split!r}.")
@@ -191,7 +289,12 @@ def _samples(data: Dataset | tuple[AnyArray, AnyArray], split: str) -> tuple[Any
     return x, labels
 
 
-def _is_correct(model: Model, x: AnyArray, labels: AnyArray, batch_size: int, name: str) -> Bool[np.ndarray, " n"]:
+def is_correct(model: Model, x: AnyArray, labels: AnyArray, batch_size: int, name: str) -> Bool[np.ndarray, " n"]:
+    """Whether the model classifies each image correctly; `name` says in an error what the images are.
+
+    Raises:
+        ValueError: the logits are not finite.
+    """
     logits = []
     for batch in batches(np.arange(len(x)), batch_size):
         logits.append(np.asarray(_logits(model, jnp.asarray(x[batch.places])))[: batch.size])

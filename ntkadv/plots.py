@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ntkadv._typing import AnyArray
-from ntkadv.report import Report, wilson_interval
+from ntkadv.report import Report
 from ntkadv.selection import RobustnessPath
+from ntkadv.statistics import wilson_interval
 
 __all__ = [
     "BLUE",

@@ -1,15 +1,23 @@
 import dataclasses
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ntkadv import evaluation as evaluation_module
 from ntkadv.architectures import mlp
 from ntkadv.attacks import FGSM, PGD, Attack, Linf
+from ntkadv.attacks.checks import EvaluationWarning, Flag
+from ntkadv.attacks.search import Attacked, Cost
 from ntkadv.data import Dataset
 from ntkadv.evaluation import compare, evaluate
 from ntkadv.predictors import KernelPredictor
+from ntkadv.runs import load_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore::ntkadv.attacks.checks.EvaluationWarning")
 
 N = 6
 IMAGES = np.full((N, 2, 2, 1), 0.5, np.float32)
@@ -189,5 +197,146 @@ def test_what_users_do_wrong_is_named(data, unchecked):
         compare({}, pair)
     with pytest.raises(ValueError, match=r"confidence must be below 1, got 95"):
         compare({"a": threshold}, pair, confidence=95)
+    with pytest.raises(ValueError, match="info must be about the models 'a', got 'b'"):
+        compare({"a": threshold}, pair, info={"b": {"architecture": "MLP"}})
     with pytest.raises(ValueError, match="name must be one of 'clean', 'worst case', got 'PGD'"):
         quietly(threshold, pair).accuracy("PGD")
+
+
+def test_passes_through_the_model_are_counted():
+    evaluation = quietly(threshold, (IMAGES, LABELS), [PGD(Linf(0.1), steps=3), UP], batch_size=4)
+    assert evaluation.costs == {"clean": Cost(0, N), "PGD-3": Cost(3 * N, N), "up": Cost()}
+    assert evaluation.scores["worst case"].cost == Cost(3 * N, 2 * N)
+
+
+def test_log_and_culprits_of_each_attack_are_kept():
+    evaluation = quietly(threshold, (IMAGES, LABELS), [UP, DOWN])
+    assert evaluation.fell_to["up"].tolist() == ["", "", "up", "", "", ""]
+    assert evaluation.fell_to["down"].tolist() == ["", "", "", "down", "down", ""]
+    (line,) = evaluation.logs["down"]
+    assert (line["attack"], line["attacked"], line["broken"]) == ("down", N, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Boaster(Shift):
+    """Claims to have broken every sample, and warns."""
+
+    def run(self, model, x, labels, **options):
+        warnings.warn("all are broken", EvaluationWarning, stacklevel=2)
+        return Attacked(jnp.asarray(x), np.ones(len(x), bool), np.full(len(x), self.name, object), [], Cost())
+
+
+def test_attacked_images_are_judged_anew_and_the_warnings_of_attacks_are_left_to_the_checks():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluation = quietly(threshold, (IMAGES, LABELS), [Boaster(Linf(0.1))])
+    assert evaluation.accuracy("up") == 1
+
+
+class Stop(Exception):  # noqa: N818
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopping(Noise):
+    """Stops the evaluation."""
+
+    def run(self, model, x, labels, **options):
+        raise Stop
+
+
+def test_a_stopped_evaluation_goes_on_from_its_state(tmp_path):
+    noise = Noise(Linf(0.3))
+    with pytest.raises(Stop):
+        quietly(threshold, (IMAGES, LABELS), {"a": noise, "b": Stopping(Linf(0.3))}, state=tmp_path / "new" / "state")
+    (file,) = (tmp_path / "new" / "state").iterdir()
+    attacks = {"a": noise, "b": noise}
+    whole, resumed = (
+        quietly(threshold, (IMAGES, LABELS), attacks, keep_adversarial=True, state=state)
+        for state in (None, tmp_path / "new" / "state")
+    )
+    assert resumed.logs["a"] == load_checkpoint(file)[1]["log"]
+    for name in attacks:
+        np.testing.assert_array_equal(resumed.adversarial[name], whole.adversarial[name])
+        np.testing.assert_array_equal(resumed.correct[name], whole.correct[name])
+        assert resumed.costs[name] == whole.costs[name]
+
+
+def test_state_of_another_model_is_refused(tmp_path):
+    quietly(threshold, (IMAGES, LABELS), [UP], state=tmp_path)
+    with pytest.raises(ValueError, match=r"holds another evaluation \(other model\)"):
+        quietly(always_one, (IMAGES, LABELS), [UP], state=tmp_path)
+
+
+def test_names_of_all_kinds_have_states_of_their_own(tmp_path):
+    models = dict.fromkeys(("a/b", "a b", "A b", "..", "ξ(t)", "x" * 300), threshold)
+    attacks = {"PGD/1": UP, "PGD 1": DOWN}
+    state = tmp_path / "state"
+    first = compare(models, (IMAGES, LABELS), attacks, progress=False, state=state)
+    files = [path.relative_to(state) for path in state.rglob("*.npz")]
+    assert len({str(file).lower() for file in files}) == len(models) * len(attacks)
+    assert all(re.fullmatch(r"[A-Za-z0-9-]+/[A-Za-z0-9-]+\.npz", str(file)) for file in files)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    again = compare(models, (IMAGES, LABELS), attacks, progress=False, state=state)
+    for name in models:
+        assert first.evaluations[name].logs == again.evaluations[name].logs
+
+
+BEFORE, AFTER = Flag("before", "the gradient is zero"), Flag("after", "the losses disagree")
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """Stand-ins for the checks, which record what they were asked."""
+    asked = []
+
+    def check_model(model, x, labels, *, batch_size):
+        asked.append(("model", len(x), batch_size))
+        return [BEFORE]
+
+    def check_outcome(correct, attacks, fell_to):
+        asked.append(("outcome", list(correct), list(attacks), list(fell_to)))
+        return [AFTER]
+
+    monkeypatch.setattr(evaluation_module, "check_model", check_model)
+    monkeypatch.setattr(evaluation_module, "check_outcome", check_outcome)
+    return asked
+
+
+def test_checks_before_and_after_are_warned_of_and_kept(checks):
+    with pytest.warns(EvaluationWarning) as caught:
+        evaluation = quietly(threshold, (IMAGES, LABELS), [UP, DOWN], batch_size=4)
+    assert [str(warning.message) for warning in caught] == [BEFORE.message, AFTER.message]
+    assert evaluation.flags == [BEFORE, AFTER]
+    names = ["up", "down"]
+    assert checks == [("model", N, 4), ("outcome", names, names, names)]
+
+
+def test_compare_says_which_model_was_flagged(checks, data):
+    with pytest.warns(EvaluationWarning, match="^bad: the losses disagree$"):
+        report = compare({"good": threshold, "bad": always_one}, data, [UP], progress=False)
+    assert report.flags == {"good": [BEFORE, AFTER], "bad": [BEFORE, AFTER]}
+    assert "good: the gradient is zero" in str(report)
+    assert report.dataset == "threshold"
+
+
+def test_without_checks_nothing_is_asked(checks):
+    evaluation = quietly(threshold, (IMAGES, LABELS), [UP], check=False)
+    assert (evaluation.flags, checks) == ([], [])
+
+
+def test_probabilities_in_the_place_of_logits_are_flagged():
+    def softmax(x):
+        return jax.nn.softmax(threshold(x))
+
+    report = compare({"soft": softmax, "hard": threshold}, (IMAGES, LABELS), [UP], progress=False)
+    assert [flag.kind for flag in report.flags["soft"]] == ["softmax outputs"]
+    assert "hard" not in report.flags
+
+
+def test_what_is_said_of_a_model_reaches_its_report(data):
+    said = {"good": {"architecture": "threshold", "venue": "nowhere"}}
+    report = compare({"good": threshold}, data, [UP], progress=False, info=said)
+    entry = report.to_dict()["models"]["good"]
+    assert (entry["architecture"], entry["venue"], entry["dataset"]) == ("threshold", "nowhere", "threshold")
+    assert report.paired("good", "good").p_value == 1
