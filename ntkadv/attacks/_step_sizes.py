@@ -141,11 +141,8 @@ class Sparse(StepSizes):
     def start(self, x, point, loss):
         """See `StepSizes.start`."""
         del loss
-        coordinates = x[0].size
         changed = _number_changed(point, x)
-        # A random point changes all coordinates, and says nothing of how many matter.
-        share = jnp.where(changed < 0.5 * coordinates, changed / (1.5 * coordinates), 0.2)
-        return _Sparse(jnp.full(len(x), self.threat.eps, x.dtype), share, changed)
+        return _Sparse(jnp.full(len(x), self.threat.eps, x.dtype), changed / (1.5 * x[0].size), changed)
 
     def move(self, state, where, x, *, is_first):
         """See `StepSizes.move`."""

@@ -146,6 +146,7 @@ class Attack(abc.ABC):
             require_int("batch_size", batch_size, minimum=1)
         num_classes = num_classes_of(model, x)
         require_labels("labels", labels, num_classes)
+        self._before(model, x, labels)
         return search(
             self,
             self.stages(num_classes),
@@ -158,6 +159,10 @@ class Attack(abc.ABC):
             state_path=state_path,
             progress=progress,
         )
+
+    def _before(self, model: Model, x: AnyArray, labels: AnyArray) -> None:
+        """Look at a model before it is attacked, for attacks that warn."""
+        del model, x, labels
 
     def __call__(
         self,

@@ -15,6 +15,9 @@ from ntkadv._checks import require_nonnegative
 
 Images = Float[Array, "b h w c"]
 
+_ROUNDING = 1e-6
+"""By how much norms that sum over pixels stay below eps, relatively, since sums are rounded."""
+
 
 @dataclass(frozen=True)
 class ThreatModel(abc.ABC):
@@ -44,7 +47,7 @@ class ThreatModel(abc.ABC):
         return dataclasses.replace(self, eps=eps)
 
     def project(self, x: Images, x_clean: Images) -> Images:
-        """Nearest allowed point for `Linf` and `L1`; for `L2` the nearest point of the ball, clipped to [0, 1].
+        """Nearest allowed point: the projection onto the ball and the box at once.
 
         No pixel is further from its clean value than the projection says: sums are rounded towards the clean image.
         """
@@ -106,7 +109,17 @@ class Linf(ThreatModel):
 
 @dataclass(frozen=True)
 class L2(ThreatModel):
-    """The Euclidean norm of the change of an image, over all pixels and channels, is at most `eps`; usually 0.5."""
+    r"""The Euclidean norm of the change of an image, over all pixels and channels, is at most `eps`; usually 0.5.
+
+    The projection is that onto the ball and the box [0, 1] at once. The ball's, followed by clipping, as is common,
+    gives away what the clipped pixels do not use.
+
+    .. math:: \delta_i = \mathrm{sign}(u_i)\, \min(s |u_i|, r_i)
+
+    with :math:`r_i` the room that pixel i has in the direction of :math:`u_i`, and the largest :math:`s \le 1` that
+    keeps the norm. From :math:`s = \epsilon / |u|` it grows to that value in a few steps, each of which finds more
+    pixels full; every step is allowed.
+    """
 
     norm: ClassVar[str] = "L2"
 
@@ -122,9 +135,20 @@ class L2(ThreatModel):
         return _norm(x - x_clean)[:, 0, 0, 0]
 
     def _into_ball(self, offset: Images, x_clean: Images) -> Images:
-        del x_clean
+        size, room = jnp.abs(offset), _room(offset, x_clean)
+        eps = self.eps * (1 - _ROUNDING)
+
+        def grow(_, scale):
+            is_full = size * scale >= room
+            full = jnp.sum(jnp.where(is_full, room, 0) ** 2, axis=(1, 2, 3), keepdims=True)
+            free = _norm(jnp.where(is_full, 0, size))
+            longest = jnp.sqrt(jnp.maximum(eps**2 - full, 0)) / jnp.where(free > 0, free, 1)
+            return jnp.maximum(scale, jnp.where(free > 0, jnp.minimum(longest, 1), scale))
+
         norm = _norm(offset)
-        return offset * jnp.where(norm > self.eps, self.eps / jnp.where(norm > 0, norm, 1), 1)
+        shrunk = jnp.where(norm > eps, eps / jnp.where(norm > 0, norm, 1), 1)
+        scale = jax.lax.fori_loop(0, 6, grow, shrunk)
+        return jnp.sign(offset) * jnp.minimum(size * scale, room)
 
     def _random_offset(self, key, image):
         direction_key, radius_key = jax.random.split(key)
@@ -161,11 +185,19 @@ class L1(ThreatModel):
         return jnp.sum(jnp.abs(x - x_clean), axis=(1, 2, 3))
 
     def _into_ball(self, offset: Images, x_clean: Images) -> Images:
-        room = jnp.where(offset > 0, 1 - x_clean, x_clean).reshape(len(offset), -1)
-        # A part in a million less, since sums of many pixels are rounded.
-        eps = self.eps * (1 - 1e-6)
+        room = _room(offset, x_clean).reshape(len(offset), -1)
+        eps = self.eps * (1 - _ROUNDING)
         size = jax.vmap(_cut, (0, 0, None))(jnp.abs(offset).reshape(len(offset), -1), room, eps)
         return jnp.sign(offset) * size.reshape(offset.shape)
+
+    def vertex(self, gradient: Images, x_clean: Images) -> Images:
+        """Find the allowed point that maximises a linear function: the steepest coordinates are used up first."""
+        flat = gradient.reshape(len(gradient), -1)
+        order = jnp.argsort(-jnp.abs(flat), axis=1)
+        room = jnp.take_along_axis(_room(gradient, x_clean).reshape(flat.shape), order, axis=1)
+        left = jnp.maximum(self.eps * (1 - _ROUNDING) - (jnp.cumsum(room, axis=1) - room), 0)
+        size = jnp.take_along_axis(jnp.minimum(room, left), jnp.argsort(order, axis=1), axis=1)
+        return self.project(x_clean + (jnp.sign(flat) * size).reshape(gradient.shape), x_clean)
 
     def _random_offset(self, key, image):
         size_key, sign_key = jax.random.split(key)
@@ -197,6 +229,11 @@ def move(x: Images, offset: Images) -> Images:
 def sample_keys(key: Key[Array, ""], n: int, *, first: int = 0) -> Key[Array, " n"]:
     """One key for each of the samples first, ..., first + n - 1, the same however samples are grouped."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(first, first + n, dtype=jnp.uint32))
+
+
+def _room(offset: Images, x_clean: Images) -> Images:
+    """How far each pixel can go in the direction of the offset."""
+    return jnp.where(offset > 0, 1 - x_clean, x_clean)
 
 
 def _norm(x: Images) -> Float[Array, "b 1 1 1"]:

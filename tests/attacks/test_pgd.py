@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 from attack_models import CLASSES, IMAGE, images, labels_of, smooth
 
 from ntkadv.architectures import mlp
@@ -55,12 +56,18 @@ def case(model):
     return x, labels_of(model, x, flipped=1)
 
 
+def inner_case(model):
+    """Images away from the box, where Foolbox's l_2 projection, the ball's followed by clipping, is the exact one."""
+    x = 0.35 + 0.3 * images(6)
+    return x, labels_of(model, x, flipped=1)
+
+
 @pytest.mark.loose_promotion
 @every_model
 @every_threat
 def test_iterates_are_those_of_foolbox(name, threat, key):
     model = model_called(name)
-    x, labels = case(model)
+    x, labels = inner_case(model)
     attack = PGD(
         threat,
         steps=STEPS,
@@ -78,7 +85,7 @@ def test_iterates_are_those_of_foolbox(name, threat, key):
 @every_threat
 def test_best_point_is_the_best_of_the_iterates_of_foolbox(name, threat, key):
     model = model_called(name)
-    x, labels = case(model)
+    x, labels = inner_case(model)
     iterates = [x] + [foolbox_pgd(threat, name, x, labels, steps) for steps in range(1, STEPS + 1)]
     attack = PGD(threat, steps=STEPS, step_size=threat.eps / 3, loss="cross_entropy", random_start=False)
     attacked = attack(model, x, labels, key=key)
@@ -121,10 +128,21 @@ def naive_iterates(threat, loss, step_size, model, start, x, labels, steps):
                 z = np.clip(z + step_size * np.sign(gradient), clean - threat.eps, clean + threat.eps)
             else:
                 z = z + step_size * gradient / np.linalg.norm(gradient)
-                z = clean + (z - clean) * min(1, threat.eps / np.linalg.norm(z - clean))
+                z = clean + l2_projection(z - clean, clean, threat.eps)
             following.append(np.clip(z, 0, 1))
         iterates.append(np.stack(following).astype(np.float32))
     return iterates
+
+
+def l2_projection(offset, clean, eps):
+    """Onto the ball and the box at once, by bisection for the factor."""
+
+    def move(scale):
+        return np.clip(clean + scale * offset, 0, 1) - clean
+
+    if np.linalg.norm(move(1)) <= eps:
+        return move(1)
+    return move(scipy.optimize.brentq(lambda scale: np.linalg.norm(move(scale)) - eps, 0, 1))
 
 
 @every_threat
