@@ -14,9 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ntkadv._typing import AnyArray
+from ntkadv.curves import AccuracyCurves
 from ntkadv.report import Report
 from ntkadv.selection import RobustnessPath
 from ntkadv.statistics import wilson_interval
+from ntkadv.transfer import TransferMatrix
 
 __all__ = [
     "BLUE",
@@ -24,16 +26,27 @@ __all__ = [
     "ORANGE",
     "PURPLE",
     "VERMILION",
+    "accuracy_curves",
     "adv_ntk_progress",
     "image_strip",
     "over_time",
     "robustness",
+    "transfer_matrix",
 ]
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 
-_CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE)
-_MARKERS = ("o", "s", "D", "^", "v")
+_STYLES = (
+    (BLUE, "o", "-"),
+    (VERMILION, "s", "--"),
+    (GREEN, "D", "-."),
+    (PURPLE, "^", ":"),
+    (ORANGE, "v", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
+    ("#56B4E9", "P", (0, (8, 2))),
+    ("black", "X", (0, (1, 1))),
+    ("#7F7F7F", "*", (0, (4, 1, 1, 1))),
+)
+"""Colour, marker and line of each of up to eight curves; no two share any."""
 
 
 def over_time(
@@ -121,12 +134,13 @@ def adv_ntk_progress(history: Sequence[Mapping[str, Any]], *, step: int | None =
 
 
 def robustness(report: Report, *, title: str = "") -> Figure:
-    """Draw each model's accuracies, clean, under each attack and in the worst case, with their 95% intervals."""
+    """Draw each model's accuracies, clean, under each attack and in the worst case, with their intervals."""
     columns = list(report.columns)
     models = list(report.models)
-    figure, axes = _axes(1.6 + 1.5 * len(models), 4.0)
+    figure, axes = _axes(3.2 + 1.5 * len(models), 4.0)
     width = 0.8 / len(columns)
     for j, column in enumerate(columns):
+        colour, marker, _ = _STYLES[j % len(_STYLES)]
         cells = [report.cell(model, column) for model in models]
         places = np.arange(len(models)) + (j - (len(columns) - 1) / 2) * width
         values = np.array([cell.accuracy for cell in cells])
@@ -135,15 +149,73 @@ def robustness(report: Report, *, title: str = "") -> Figure:
             places,
             values,
             np.maximum(errors, 0),
-            fmt=_MARKERS[j % len(_MARKERS)],
-            color=_CYCLE[j % len(_CYCLE)],
+            fmt=marker,
+            color=colour,
             markersize=7,
             capsize=3,
             label=column,
         )
     axes.set_xticks(np.arange(len(models)), models)
-    _finish(axes, "", f"accuracy, n = {report.n}, 95% intervals", title)
+    _finish(axes, "", f"accuracy, n = {report.n}, {100 * report.confidence:g}% intervals", title, legend=False)
     axes.set_ylim(0, 1.02)
+    _legend_beside(axes)
+    return figure
+
+
+def accuracy_curves(curves: AccuracyCurves, *, title: str = "") -> Figure:
+    """Draw the accuracy of each model against the radius of the attack, with its interval as a band.
+
+    With more than eight models styles repeat.
+    """
+    figure, axes = _axes(7.2, 4.2)
+    low, high = curves.interval
+    for i, model in enumerate(curves.models):
+        colour, marker, line = _STYLES[i % len(_STYLES)]
+        axes.fill_between(curves.eps, low[i], high[i], color=colour, alpha=0.12, linewidth=0)
+        axes.plot(
+            curves.eps,
+            curves.accuracy[i],
+            linestyle=line,
+            color=colour,
+            marker=marker,
+            markersize=7 if marker in "PX*" else 5,
+            label=model,
+        )
+    _finish(
+        axes,
+        f"radius eps of the {curves.attack['norm']} ball, pixels in [0, 1]",
+        f"accuracy under {curves.attack['name']}\n{curves.n} images, {100 * curves.confidence:g}% bands",
+        title,
+        legend=False,
+    )
+    axes.set_ylim(0, 1.02)
+    _legend_beside(axes, handlelength=4)
+    return figure
+
+
+def transfer_matrix(matrix: TransferMatrix, *, title: str = "") -> Figure:
+    """Draw the accuracy of each target on the images perturbed against each source, as a map with its numbers."""
+    rows, columns = matrix.accuracy.shape
+    longest = max(map(len, matrix.sources)), max(map(len, matrix.targets))
+    figure, axes = _axes(2.4 + 0.75 * columns + 0.09 * longest[0], 1.5 + 0.45 * rows + 0.06 * longest[1])
+    image = axes.imshow(matrix.accuracy, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for i, row in enumerate(matrix.accuracy.tolist()):
+        for j, value in enumerate(row):
+            red, green, blue, _ = image.cmap(value)
+            is_light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.18
+            axes.text(
+                j, i, f"{value:.3f}", ha="center", va="center", fontsize=9, color="black" if is_light else "white"
+            )
+    slant = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if longest[1] > 8 else {}
+    axes.set_xticks(range(columns), matrix.targets, **slant)
+    axes.set_yticks(range(rows), matrix.sources)
+    axes.set_xlabel("shown to")
+    axes.set_ylabel("perturbed against")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    attack = f"{matrix.attack['name']}, {matrix.attack['norm']} eps = {matrix.attack['eps']:.3g}"
+    figure.colorbar(image, ax=axes, label=f"accuracy on {matrix.n} images")
+    figure.suptitle(f"{title}\n{attack}" if title else attack, fontsize=11)
     return figure
 
 
@@ -195,6 +267,11 @@ def _finish(axes: Axes, x: str, y: str, title: str, *, legend: bool = True) -> N
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
         axes.legend(fontsize=8, frameon=False)
+
+
+def _legend_beside(axes: Axes, **options: Any) -> None:
+    """Put the legend to the right of the axes, where it hides nothing."""
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), **options)
 
 
 def _show(axes: Axes, image: Any, text: str, colour: str) -> None:
