@@ -63,7 +63,7 @@ def torch_module(f: Model, *, layout: Layout = "NCHW", device: Any = None, batch
         f: A function in JAX from images (b, h, w, c) to logits (b, num_classes) that treats samples independently.
         layout: Axes of the images that the module is given: `"NCHW"`, PyTorch's habit, or `"NHWC"`. Where the two
             cannot be told apart by the model, as in one that flattens, a wrong layout is not noticed.
-        device: The `jax.Device` where JAX computes; its default one, if not given.
+        device: The `jax.Device` where JAX computes, or a platform such as `"cpu"`; its default one, if not given.
         batch_size: Number of images that `f` is given at once, at most.
 
     Returns:
@@ -79,8 +79,7 @@ def torch_module(f: Model, *, layout: Layout = "NCHW", device: Any = None, batch
         raise ValueError(f"layout must be 'NCHW' or 'NHWC', got {layout!r}; name the order of the axes of the images.")
     require_int("batch_size", batch_size, minimum=1)
     _imported("torch", "torch_module")
-    place = _default_device() if device is None else device
-    return _torch_classes()[0](_Program(f, layout, place, batch_size))
+    return _torch_classes()[0](_Program(f, layout, _device(device), batch_size))
 
 
 def _imported(library: str, user: str) -> Any:
@@ -90,8 +89,16 @@ def _imported(library: str, user: str) -> Any:
         raise ImportError(f"{user} needs {library}; install it with: pip install 'ntkadv[bridges]'") from error
 
 
-def _default_device() -> Any:
-    return next(iter(jnp.zeros(()).devices()))
+def _device(device: Any) -> Any:
+    if device is None:
+        return next(iter(jnp.zeros(()).devices()))
+    if isinstance(device, str):
+        return jax.devices(device)[0]
+    if not isinstance(device, jax.Device):
+        raise TypeError(
+            f"device must be a device of JAX or its platform, got {device!r}; use jax.devices()[0] or 'cpu'."
+        )
+    return device
 
 
 def _compiled(f: Model) -> Callable[..., Any]:
