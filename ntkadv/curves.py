@@ -192,7 +192,7 @@ def accuracy_curves(
             places = np.flatnonzero(correct[i, j - 1])
             correct[i, j, places], costs[i, j] = _attack(one, model, x, labels, places, key, batch_size, path, progress)
             seconds[i, j] = time.perf_counter() - start
-    settings = {"name": attack.name, **settings_of(attack)}
+    settings = settings_of(attack)
     del settings["eps"]
     gradients, forwards = costs[..., 0], costs[..., 1]
     return AccuracyCurves(list(models), np.array(radii), correct, seconds, gradients, forwards, settings, confidence)

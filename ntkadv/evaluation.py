@@ -263,7 +263,7 @@ def name_attacks(attacks: Iterable[Attack] | Mapping[str, Attack]) -> dict[str, 
 
 
 def settings_of(attack: Attack) -> dict[str, Any]:
-    """List the settings of an attack in plain values: kind, norm, eps, and its own fields."""
+    """List the settings of an attack in plain values: kind, the name it gives itself, norm, eps, and its own fields."""
     own = {f.name: getattr(attack, f.name) for f in dataclasses.fields(attack) if f.name != "threat"}
     plain = {
         name: value
@@ -271,7 +271,8 @@ def settings_of(attack: Attack) -> dict[str, Any]:
         else getattr(value, "__name__", repr(value))
         for name, value in own.items()
     }
-    return {"attack": type(attack).__name__, "norm": attack.threat.norm, "eps": attack.threat.eps, **plain}
+    threat = {"norm": attack.threat.norm, "eps": attack.threat.eps}
+    return {"attack": type(attack).__name__, "name": attack.name, **threat, **plain}
 
 
 def samples_of(data: Dataset | tuple[AnyArray, AnyArray], split: str) -> tuple[AnyArray, AnyArray]:

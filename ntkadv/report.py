@@ -119,7 +119,7 @@ class Report:
 
     Attributes:
         rows: Scores by model and by attack; the first is `"clean"`, the last `"worst case"`.
-        attacks: Settings of each attack by name: kind, norm, eps and the rest.
+        attacks: Settings of each attack by name: kind, the name it gives itself, norm, eps and the rest.
         n: Number of samples.
         confidence: Level of the intervals that are shown.
         evaluations: Answers for each sample by model.
@@ -288,11 +288,12 @@ class Report:
         return self.threats[0] if column == WORST_CASE and len(self.threats) == 1 else ("", "")
 
     def _model_info(self, model: str) -> dict[str, str]:
-        """Describe a model as RobustBench does, as far as the attacks leave no doubt."""
+        """Describe a model as RobustBench does, as far as the attacks leave no doubt.
+
+        Only the standard AutoAttack with its published budgets has no more in its name than that.
+        """
         entry = {"name": model} | ({} if self.dataset is None else {"dataset": self.dataset})
-        complete = [
-            name for name, attack in self.attacks.items() if "AutoAttack" in (attack.get("attack"), name.split(" ")[0])
-        ]
+        complete = [name for name, attack in self.attacks.items() if attack.get("name", name) == "AutoAttack"]
         chosen = complete[0] if len(complete) == 1 else WORST_CASE
         norm, eps = self._threat_of(chosen)
         if norm:

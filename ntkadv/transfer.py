@@ -225,7 +225,7 @@ def transfer(
     for name, model in (bar := tqdm(sources.items(), disable=not progress)):
         bar.set_description(name)
         judge(name, attack.run(model, x, labels, key=attack_key, batch_size=batch_size, progress=progress).points)
-    settings = {"name": attack.name, **settings_of(attack)}
+    settings = settings_of(attack)
     return TransferMatrix(list(rows), list(targets), np.array(list(rows.values())), settings, confidence)
 
 

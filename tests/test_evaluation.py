@@ -130,7 +130,7 @@ def test_compare_puts_every_model_under_the_same_attacks(data):
     assert [report.cell("bad", column).correct for column in report.columns] == [3, 3, 3, 3]
     assert report.cell("bad").confidence == report.confidence == 0.9
     assert report.n == 5
-    expected = {"attack": "Shift", "norm": "Linf", "eps": 0.1, "sign": 1}
+    expected = {"attack": "Shift", "name": "up", "norm": "Linf", "eps": 0.1, "sign": 1}
     assert report.attacks["up"] == expected
     assert report.evaluations["good"].correct["up"].tolist() == [True, False, True, True, True]
 

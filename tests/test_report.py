@@ -180,6 +180,9 @@ def test_robustbench_entries_hold_nothing_that_is_not_known():
         "eps": "8/255",
         "clean_acc": "54.30",
     }
+    reduced = full_report()
+    reduced.attacks["AutoAttack"]["name"] = "AutoAttack 10 steps"
+    assert set(reduced.to_dict()["models"]["NTK"]) == {"name", "clean_acc"}
     rows = {"NTK": {"clean": Score(1, 3, 1.0), "worst case": Score(1, 3, 1.0)}}
     assert Report(rows, {}, 3).to_dict()["models"]["NTK"] == {"name": "NTK", "clean_acc": "33.33"}
     half = {"PGD": {"attack": "PGD", "norm": "L2", "eps": 0.5}}
