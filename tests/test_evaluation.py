@@ -61,7 +61,7 @@ UP, DOWN = Shift(Linf(0.1), 1), Shift(Linf(0.2), -1)
 
 
 def quietly(*arguments, **options):
-    return evaluate(*arguments, **{"key": jax.random.key(0), "progress": False, **options})
+    return evaluate(*arguments, **{"key": jax.random.key(0), "check": False, "progress": False, **options})
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 256])
@@ -153,7 +153,11 @@ def test_kernel_predictor_loses_accuracy_under_stronger_attacks():
     predictor = KernelPredictor(arch, x, coefficients)
     attacks = [PGD(Linf(eps), steps=5) for eps in (0.01, 0.3)]
     report = compare(
-        {"NTK": predictor}, (x, labels), dict(zip(("weak", "strong"), attacks, strict=True)), progress=False
+        {"NTK": predictor},
+        (x, labels),
+        dict(zip(("weak", "strong"), attacks, strict=True)),
+        check=False,
+        progress=False,
     )
     clean, weak, strong = (report.cell("NTK", column).accuracy for column in ("clean", "weak", "strong"))
     assert clean == 1
@@ -229,7 +233,7 @@ class Boaster(Shift):
 def test_attacked_images_are_judged_anew_and_the_warnings_of_attacks_are_left_to_the_checks():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        evaluation = quietly(threshold, (IMAGES, LABELS), [Boaster(Linf(0.1))])
+        evaluation = quietly(threshold, (IMAGES, LABELS), [Boaster(Linf(0.1))], check=True)
     assert evaluation.accuracy("up") == 1
 
 
@@ -305,7 +309,7 @@ def checks(monkeypatch):
 
 def test_checks_before_and_after_are_warned_of_and_kept(checks):
     with pytest.warns(EvaluationWarning) as caught:
-        evaluation = quietly(threshold, (IMAGES, LABELS), [UP, DOWN], batch_size=4)
+        evaluation = quietly(threshold, (IMAGES, LABELS), [UP, DOWN], batch_size=4, check=True)
     assert [str(warning.message) for warning in caught] == [BEFORE.message, AFTER.message]
     assert evaluation.flags == [BEFORE, AFTER]
     names = ["up", "down"]

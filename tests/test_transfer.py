@@ -40,10 +40,8 @@ LEFT, LOWER, RIGHT = Threshold(0, 0.25), Threshold(0, 0.17), Threshold(1, 0.5)
 MODELS = {"left": LEFT, "lower | left": LOWER, "right": RIGHT}
 
 
-def matrix_of(**options):
-    return transfer(
-        MODELS, (IMAGES, LABELS), ATTACK, **{"key": jax.random.key(0), "batch_size": 4, "progress": False, **options}
-    )
+def matrix_of(models=MODELS, data=(IMAGES, LABELS), attack=ATTACK, **options):
+    return transfer(models, data, attack, **{"key": jax.random.key(0), "batch_size": 4, "progress": False, **options})
 
 
 def answers(model, pixel0, pixel1):
@@ -77,7 +75,7 @@ def test_rates_count_only_samples_that_were_right():
 
 
 def test_rate_is_nan_for_a_target_that_is_never_right():
-    matrix = transfer({"wrong": LEFT}, (IMAGES, 1 - LABELS), ATTACK, key=jax.random.key(0), progress=False)
+    matrix = matrix_of({"wrong": LEFT}, (IMAGES, 1 - LABELS))
     assert np.isnan(matrix.fooled).all()
     assert np.isnan(matrix.fooled_interval).all()
 
@@ -95,9 +93,7 @@ def test_diagonal_is_what_an_evaluation_finds():
 
 
 def test_targets_may_be_other_models_than_sources():
-    matrix = transfer(
-        {"left": LEFT}, (IMAGES, LABELS), ATTACK, key=jax.random.key(0), targets={"lower": LOWER}, progress=False
-    )
+    matrix = matrix_of({"left": LEFT}, targets={"lower": LOWER})
     assert (matrix.sources, matrix.targets) == (["none", "random", "left"], ["lower"])
     np.testing.assert_array_equal(matrix.correct[2, 0], matrix_of().correct[2, 1])
 
@@ -106,9 +102,8 @@ def test_random_points_are_uniform_in_the_ball():
     """Of pixels 0.05 from the threshold, a uniform change of at most 0.2 carries three in eight across."""
     n = 2000
     images = np.full((n, 1, 2, 1), 0.3, np.float32)
-    matrix = transfer(
-        {"left": LEFT}, (images, np.ones(n, np.int32)), PGD(Linf(0.2), steps=1), key=jax.random.key(0), progress=False
-    )
+    attack = PGD(Linf(0.2), steps=1)
+    matrix = matrix_of({"left": LEFT}, (images, np.ones(n, np.int32)), attack, batch_size=500)
     assert matrix.sources[1] == "random"
     assert matrix.accuracy[1, 0] == pytest.approx(5 / 8, abs=4 * (15 / 64 / n) ** 0.5)
 
@@ -168,13 +163,9 @@ def test_matrix_comes_back_from_json(tmp_path):
 
 def test_split_of_a_data_set_is_used():
     data = Dataset.from_arrays(
-        name="pixels", x_train=IMAGES, y_train=LABELS, x_test=IMAGES[:3], y_test=LABELS[:3], num_classes=2
+        name="pixels", x_train=IMAGES, y_train=LABELS, x_test=IMAGES[:4], y_test=LABELS[:4], num_classes=2
     )
-    sizes = [
-        transfer({"a": LEFT}, data, ATTACK, key=jax.random.key(0), split=split, progress=False).n
-        for split in ("test", "train")
-    ]
-    assert sizes == [3, 6]
+    assert [matrix_of({"left": LEFT}, data, split=split).n for split in ("test", "train")] == [4, 6]
 
 
 def test_what_users_do_wrong_is_named(unchecked):
