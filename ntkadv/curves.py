@@ -238,7 +238,7 @@ def _attack(
 
 def _radii(eps: Sequence[float | int] | Float[np.ndarray, " radii"]) -> list[float]:
     """Zero and the radii, ascending, each once."""
-    if isinstance(eps, (int, float)) or len(eps) == 0:
+    if np.ndim(eps) == 0 or len(eps) == 0:
         raise ValueError(f"eps must hold at least one radius, got {eps!r}; write [2 / 255, 4 / 255, 8 / 255].")
     for i, radius in enumerate(eps):
         require_nonnegative(f"eps[{i}]", radius)

@@ -180,6 +180,7 @@ def test_split_of_a_data_set_is_used():
     [
         ([], r"eps must hold at least one radius, got \[\]"),
         (0.1, r"eps must hold at least one radius, got 0.1; write \[2 / 255"),
+        (np.array(0.1), r"eps must hold at least one radius, got array\(0.1\)"),
         ([0.1, -0.1], r"eps\[1\] must be finite and not negative, got -0.1"),
         ([float("nan")], r"eps\[0\] must be finite and not negative, got nan"),
         ([float("inf")], r"eps\[0\] must be finite"),
