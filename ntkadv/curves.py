@@ -171,8 +171,9 @@ def accuracy_curves(
     require_key("key", key)
     require_int("batch_size", batch_size, minimum=1)
     require_confidence(confidence)
-    for model in models.values():
-        require_labels("labels", labels, num_classes_of(model, x))
+    num_classes = {name: num_classes_of(model, x) for name, model in models.items()}
+    for number in num_classes.values():
+        require_labels("labels", labels, number)
     batch_size = min(batch_size, len(x))
 
     shape = (len(models), len(radii))
@@ -190,7 +191,9 @@ def accuracy_curves(
             start = time.perf_counter()
             path = None if folder is None else folder / f"{file_name(repr(radii[j]))}.npz"
             places = np.flatnonzero(correct[i, j - 1])
-            correct[i, j, places], costs[i, j] = _attack(one, model, x, labels, places, key, batch_size, path, progress)
+            correct[i, j, places], costs[i, j] = _attack(
+                one, model, x, labels, places, key, num_classes[name], batch_size, path, progress
+            )
             seconds[i, j] = time.perf_counter() - start
     settings = settings_of(attack)
     del settings["eps"]
@@ -205,6 +208,7 @@ def _attack(
     labels: AnyArray,
     places: Int[np.ndarray, " m"],
     key: Key[Array, ""],
+    num_classes: int,
     batch_size: int,
     state_path: Path | None,
     progress: bool,
@@ -219,7 +223,6 @@ def _attack(
     eps = np.float64(attack.threat.eps)
     keys = sample_keys(jax.random.fold_in(key, zlib.crc32(eps.tobytes())), len(x))
     images, classes = jnp.asarray(x[places]), jnp.asarray(labels[places], jnp.int32)
-    num_classes = num_classes_of(model, images)
     attacked = search(
         attack,
         attack.stages(num_classes),
