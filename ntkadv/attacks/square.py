@@ -182,7 +182,7 @@ def _redistribute(
     h, w, c = offset.shape
     draws = jax.random.uniform(key, (5 + c,), offset.dtype)
     to, source = _Window(draws[:2], side, h, w), _Window(draws[2:4], side, h, w)
-    patch = to.place(jnp.where(draws[4] < 0.5, patch, patch.T))
+    patch = to.place(jnp.stack([patch, patch.T]), (draws[4] < 0.5).astype(side.dtype))
     inside, both = to.inside[:, :, None], (to.inside | source.inside)[:, :, None]
     direction = _unit(_signs(draws[5:]) * patch[:, :, None] + _unit(jnp.where(inside, offset, 0)))
     unused = jnp.maximum(eps**2 - jnp.sum(offset**2), 0)
@@ -194,19 +194,22 @@ class _Window:
     """A square of pixels of an image, at a place made of two numbers in [0, 1)."""
 
     def __init__(self, draws: Float[Array, "2"], side: Int[Array, ""], h: int, w: int):
-        self.rows, self.columns = (
-            jnp.arange(size)
-            - jnp.minimum((draw * (size - side + 1).astype(draw.dtype)).astype(side.dtype), size - side)
-            for draw, size in zip(draws, (h, w), strict=True)
-        )
-        in_rows, in_columns = ((place >= 0) & (place < side) for place in (self.rows, self.columns))
+        self.shape = h, w
+        self.row, self.column = (_below(draw, size - side + 1) for draw, size in zip(draws, (h, w), strict=True))
+        rows, columns = jnp.arange(h) - self.row, jnp.arange(w) - self.column
+        in_rows, in_columns = ((place >= 0) & (place < side) for place in (rows, columns))
         self.inside: Bool[Array, "h w"] = in_rows[:, None] & in_columns
 
-    def place(self, patch: Float[Array, "s s"]) -> Float[Array, "h w"]:
-        """Give the image that has the patch in the window, and zeros elsewhere."""
-        last = len(patch) - 1
-        placed = patch[jnp.clip(self.rows, 0, last)][:, jnp.clip(self.columns, 0, last)]
-        return jnp.where(self.inside, placed, 0)
+    def place(self, patches: Float[Array, "n s s"], number: Int[Array, ""]) -> Float[Array, "h w"]:
+        """Give the image that has one of the patches in the window, and zeros elsewhere."""
+        h, w = self.shape
+        around = jnp.pad(patches, ((0, 0), (h, h), (w, w)))
+        return jax.lax.dynamic_slice(around, (number, h - self.row, w - self.column), (1, h, w))[0]
+
+
+def _below(draw: Float[Array, ""], count: Int[Array, ""]) -> Int[Array, ""]:
+    """Make a whole number in 0 .. count - 1 of a number in [0, 1)."""
+    return jnp.minimum((draw * count.astype(draw.dtype)).astype(count.dtype), count - 1)
 
 
 def _signs(draws: Float[Array, " c"]) -> Float[Array, " c"]:

@@ -53,7 +53,7 @@ def by_root(point, normal, gap):
         return np.clip(point + t * normal, 0, 1) - point
 
     largest = 2 / np.abs(normal[normal != 0]).min()
-    return change(brentq(lambda t: normal @ change(t) - gap, -largest, largest, xtol=1e-15, rtol=1e-14))
+    return change(brentq(lambda t: normal @ change(t) - gap, -largest, largest, xtol=1e-15))
 
 
 @st.composite
