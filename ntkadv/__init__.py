@@ -6,26 +6,33 @@ The rooms: `architectures` (one definition, finite network and infinite-width ke
 
 from ntkadv import architectures, attacks, dynamics, plots, runs
 from ntkadv.adv_ntk import AdvNTKFit, fit_adv_ntk
+from ntkadv.curves import AccuracyCurves, accuracy_curves
 from ntkadv.data import Dataset, DatasetNotFoundError, load_dataset, targets
 from ntkadv.dynamics import RidgeRegression, TrainingDynamics
-from ntkadv.evaluation import Evaluation, Report, compare, evaluate, wilson_interval
+from ntkadv.evaluation import Evaluation, Report, compare, evaluate
 from ntkadv.kernels import gram
 from ntkadv.predictors import KernelPredictor
 from ntkadv.runs import package_version
 from ntkadv.selection import RobustnessPath, robustness_path
+from ntkadv.statistics import McNemar, mcnemar, wilson_interval
+from ntkadv.transfer import TransferMatrix, transfer
 
 __version__ = package_version("ntkadv")
 
 __all__ = [
+    "AccuracyCurves",
     "AdvNTKFit",
     "Dataset",
     "DatasetNotFoundError",
     "Evaluation",
     "KernelPredictor",
+    "McNemar",
     "Report",
     "RidgeRegression",
     "RobustnessPath",
     "TrainingDynamics",
+    "TransferMatrix",
+    "accuracy_curves",
     "architectures",
     "attacks",
     "compare",
@@ -34,9 +41,11 @@ __all__ = [
     "fit_adv_ntk",
     "gram",
     "load_dataset",
+    "mcnemar",
     "plots",
     "robustness_path",
     "runs",
     "targets",
+    "transfer",
     "wilson_interval",
 ]

@@ -19,7 +19,7 @@ from ntkadv._checks import require_int, require_key, require_labels
 from ntkadv._tables import as_text, build_table, fitting, markdown, pack, unpack, write_csv
 from ntkadv._typing import AnyArray
 from ntkadv.attacks.base import Attack
-from ntkadv.attacks.model import Model, num_classes_of
+from ntkadv.attacks.model import Model, num_classes_of, working_dtype
 from ntkadv.attacks.search import batches
 from ntkadv.attacks.threat_model import ThreatModel, move, sample_keys
 from ntkadv.data import Dataset
@@ -236,6 +236,6 @@ def _random_points(
     points = []
     for batch in batches(np.arange(len(x)), batch_size):
         images = jnp.asarray(x[batch.places])
-        start = images.astype(jnp.promote_types(images.dtype, jnp.float32))
+        start = images.astype(working_dtype(images.dtype))
         points.append(np.asarray(move(images, threat.random_point(keys[batch.places], start) - start))[: batch.size])
     return np.concatenate(points)

@@ -100,7 +100,7 @@ class Halving(StepSizes):
     def move(self, state, where, x, *, is_first):
         """See `StepSizes.move`."""
         project, size = self.threat.project, state.size[:, None, None, None]
-        ahead = project(where.point + size * self.threat.step(where.gradient), x)
+        ahead = project(where.point + size * self.threat.step(where.gradient, where.point), x)
         along = where.point + 0.75 * (ahead - where.point) + 0.25 * (where.point - where.previous)
         return jnp.where(is_first, ahead, project(along, x))
 

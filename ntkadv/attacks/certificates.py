@@ -24,7 +24,7 @@ from ntkadv._checks import (
 )
 from ntkadv._typing import AnyArray
 from ntkadv.attacks.base import fold_in_each
-from ntkadv.attacks.model import Model, in_precision, num_classes_of
+from ntkadv.attacks.model import Model, in_precision, num_classes_of, working_dtype
 from ntkadv.attacks.search import batches
 from ntkadv.attacks.threat_model import L1, L2, Linf, ThreatModel, sample_keys
 
@@ -210,7 +210,7 @@ def estimate_curvature(
     require_int("iterations", iterations, minimum=1)
     require_nonnegative("safety", safety, strict=True)
     pixels, y, keys = jnp.asarray(x), jnp.asarray(labels, jnp.int32), sample_keys(key, len(x))
-    eps = jnp.asarray(threat.eps, jnp.promote_types(pixels.dtype, jnp.float32))
+    eps = jnp.asarray(threat.eps, working_dtype(pixels.dtype))
     curvature = np.empty(len(x))
     for batch in batches(np.arange(len(x)), len(x) if batch_size is None else min(batch_size, len(x))):
         at = jnp.asarray(batch.places)
@@ -224,7 +224,7 @@ def estimate_curvature(
 @eqx.filter_jit
 def _linearised(model: Model, x: Array, num_classes: int) -> tuple[Array, Array]:
     """Logits (b, classes), and the gradient of each (b, classes, d)."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(working_dtype(x.dtype))
     logits, pull = jax.vjp(in_precision(model, x.dtype), wide)
 
     def gradient(row: Array) -> Array:

@@ -21,7 +21,7 @@ from ntkadv._typing import AnyArray
 from ntkadv.attacks._hyperplane import NORMS, dual_norm, step_to_hyperplane
 from ntkadv.attacks.base import Attack, RepeatedAttack, fold_in_each
 from ntkadv.attacks.best import misclassified, select
-from ntkadv.attacks.model import Model, in_precision, num_classes_of
+from ntkadv.attacks.model import Model, in_precision, num_classes_of, working_dtype
 from ntkadv.attacks.search import Cost, batches
 from ntkadv.attacks.threat_model import sample_keys
 
@@ -142,7 +142,7 @@ class FAB(RepeatedAttack):
             require_int("batch_size", batch_size, minimum=1)
         require_labels("labels", labels, num_classes_of(model, x))
         x, labels, keys = jnp.asarray(x), jnp.asarray(labels, jnp.int32), sample_keys(key, len(x))
-        eps = jnp.asarray(self.threat.eps, jnp.promote_types(x.dtype, jnp.float32))
+        eps = jnp.asarray(self.threat.eps, working_dtype(x.dtype))
         size = len(x) if batch_size is None else min(batch_size, len(x))
         found = []
         for places, count in batches(np.arange(len(x)), size):

@@ -43,4 +43,4 @@ class FGSM(Attack):
     def perturb(self, model, x, labels, keys):
         """Attack one batch, see `Attack.perturb`."""
         _, gradient, _ = loss_and_gradient(model, get_loss(self.loss), x, labels)
-        return self.threat.project(x + self.threat.eps * self.threat.step(gradient), x)
+        return self.threat.project(x + self.threat.eps * self.threat.step(gradient, x), x)

@@ -36,9 +36,19 @@ def in_precision(model: Model, dtype: Any) -> Model:
     def wrapped(z: Array) -> Array:
         logits = model(z.astype(dtype))
         _require_logits(logits, z.shape)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.promote_types(z.dtype, jnp.float32)))
+        return logits.astype(wider(logits.dtype, working_dtype(z.dtype)))
 
     return wrapped
+
+
+def working_dtype(dtype: Any) -> Any:
+    """Precision in which points of a dtype are computed: float32 at least."""
+    return wider(dtype, jnp.float32)
+
+
+def wider(first: Any, second: Any) -> Any:
+    """Give the dtype of more bits; unlike `jnp.promote_types` whatever promotion is set to."""
+    return jnp.dtype(first if jnp.finfo(first).bits >= jnp.finfo(second).bits else second)
 
 
 def loss_and_gradient(

@@ -80,7 +80,7 @@ class PGD(Attack):
             losses, gradient, logits = loss_and_gradient(model, loss, point, labels)
             if self.keep_best:
                 best = best.update(point, losses, logits, labels)
-            return (self.threat.project(point + step_size * self.threat.step(gradient), x), best), None
+            return (self.threat.project(point + step_size * self.threat.step(gradient, point), x), best), None
 
         def restart(best, number):
             start = x

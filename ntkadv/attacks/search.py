@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ntkadv.attacks.best import misclassified
 from ntkadv.attacks.losses import margin
-from ntkadv.attacks.model import Model, in_precision
+from ntkadv.attacks.model import Model, in_precision, working_dtype
 from ntkadv.attacks.threat_model import ThreatModel, move
 from ntkadv.runs import load_checkpoint, save_checkpoint
 
@@ -113,15 +113,19 @@ class Batch(NamedTuple):
     size: int
 
 
+_SMALLEST = 8
+"""Batches are not made smaller than this: compiling costs more than a few samples."""
+
+
 def batches(places: Int[np.ndarray, " m"], batch_size: int) -> list[Batch]:
-    """Cut places into batches of one size, the smallest half, quarter, ... of `batch_size` that holds all of few."""
-    while batch_size > 1 and len(places) <= (half := -(-batch_size // 2)):
-        batch_size = half
-    return [
-        Batch(np.resize(np.pad(places[i : i + batch_size], (0, batch_size), mode="edge"), batch_size),
-              min(batch_size, len(places) - i))
-        for i in range(0, len(places), batch_size)
-    ]  # fmt: skip
+    """Cut places into batches of one size, or, where all fit into a quarter of it, a sixteenth, ..., into one of these.
+
+    So what few samples are left is not filled up to a whole batch, and still only few sizes are ever compiled.
+    """
+    while len(places) <= (quarter := max(-(-batch_size // 4), _SMALLEST)) < batch_size:
+        batch_size = quarter
+    groups = [places[first : first + batch_size] for first in range(0, len(places), batch_size)]
+    return [Batch(np.pad(group, (0, batch_size - len(group)), mode="edge"), len(group)) for group in groups]
 
 
 class _State:
@@ -251,7 +255,7 @@ def search(
 def _traced(stage: Stage, dtype: Any) -> tuple[Searching, Array, Array]:
     """Split a stage into what is static and what is not: number and radius."""
     template = stage.attack.with_eps(0.0)
-    eps = jnp.asarray(stage.attack.threat.eps, jnp.promote_types(dtype, jnp.float32))
+    eps = jnp.asarray(stage.attack.threat.eps, working_dtype(dtype))
     return template, jnp.asarray(stage.number, jnp.uint32), eps
 
 

@@ -62,8 +62,11 @@ class ThreatModel(abc.ABC):
         return self.project(x_clean + jax.vmap(self._random_offset)(keys, x_clean), x_clean)
 
     @abc.abstractmethod
-    def step(self, gradient: Images) -> Images:
-        """Direction of unit norm along which the loss grows fastest; zero where the gradient is zero."""
+    def step(self, gradient: Images, x: Images | None = None) -> Images:
+        """Direction of unit norm along which the loss grows fastest; zero where the gradient is zero.
+
+        `x`, where the gradient was taken, says which pixels can move; only some threat models ask.
+        """
 
     @abc.abstractmethod
     def distance(self, x: Images, x_clean: Images) -> Float[Array, " b"]:
@@ -91,8 +94,9 @@ class Linf(ThreatModel):
         if self.eps > 1:
             raise ValueError(f"eps is in units of pixels in [0, 1], got {self.eps}; write 8 of 255 as 8 / 255.")
 
-    def step(self, gradient: Images) -> Images:
+    def step(self, gradient: Images, x: Images | None = None) -> Images:
         """Sign of the gradient."""
+        del x
         return jnp.sign(gradient)
 
     def distance(self, x: Images, x_clean: Images) -> Float[Array, " b"]:
@@ -123,8 +127,9 @@ class L2(ThreatModel):
 
     norm: ClassVar[str] = "L2"
 
-    def step(self, gradient: Images) -> Images:
+    def step(self, gradient: Images, x: Images | None = None) -> Images:
         """Gradient divided by its norm, sample by sample."""
+        del x
         largest = jnp.max(jnp.abs(gradient), axis=(1, 2, 3), keepdims=True)
         scaled = gradient / jnp.where(largest > 0, largest, 1)
         norm = _norm(scaled)
@@ -173,11 +178,15 @@ class L1(ThreatModel):
 
     norm: ClassVar[str] = "L1"
 
-    def step(self, gradient: Images) -> Images:
+    def step(self, gradient: Images, x: Images | None = None) -> Images:
         """Sign of the gradient on the hundredth of the coordinates where it is largest, of unit norm (SLIDE).
+
+        Coordinates that have no room at `x` are passed over.
 
         Source: Tramèr & Boneh, NeurIPS 2019, arXiv 1904.13000.
         """
+        if x is not None:
+            gradient = jnp.where(_room(gradient, x) > 0, gradient, 0)
         return sparse_step(gradient, jnp.full(len(gradient), 0.01, gradient.dtype))
 
     def distance(self, x: Images, x_clean: Images) -> Float[Array, " b"]:
@@ -218,9 +227,12 @@ def sparse_step(gradient: Images, share: Float[Array, " b"]) -> Images:
 
 
 def move(x: Images, offset: Images) -> Images:
-    """Images x + offset, clipped to [0, 1], in the dtype of `x`; rounded towards `x`, so never further off."""
-    work = jnp.promote_types(x.dtype, offset.dtype)
-    start, offset = x.astype(work), offset.astype(work)
+    """Images x + offset, clipped to [0, 1], in the dtype of `x`; rounded towards `x`, so never further off.
+
+    `offset` has the precision of `x` at least.
+    """
+    work = offset.dtype
+    start = x.astype(work)
     moved = jnp.clip(start + offset, 0, 1).astype(x.dtype)
     is_too_far = jnp.abs(moved.astype(work) - start) > jnp.abs(offset)
     return jnp.where(is_too_far, jnp.nextafter(moved, x), moved)
