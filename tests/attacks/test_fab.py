@@ -118,13 +118,10 @@ def test_a_sample_falls_where_the_nearest_point_is_within_the_ball(threat, key):
     assert (done.is_wrong == within).mean() > 0.9
 
 
-@every_threat
-def test_radius_plays_no_part_in_the_search_from_the_clean_image(threat, key):
+def test_radius_plays_no_part_in_the_search_from_the_clean_image(key):
     x = images(8)
     labels = labels_of(MODEL, x)
-    first, second = (
-        FAB(threat.with_eps(eps), steps=10).nearest(MODEL, x, labels, key=key) for eps in (threat.eps, threat.eps / 7)
-    )
+    first, second = (FAB(Linf(eps), steps=10).nearest(MODEL, x, labels, key=key) for eps in (0.05, 0.01))
     np.testing.assert_array_equal(first.points, second.points)
 
 
