@@ -46,7 +46,7 @@ class Best(NamedTuple):
 
 def misclassified(logits: Float[Array, "b classes"], labels: Int[Array, " b"]) -> Bool[Array, " b"]:
     """Whether each sample is misclassified; logits that are not finite prove nothing."""
-    return (jnp.argmax(logits, axis=1) != labels) & jnp.isfinite(logits).all(axis=1)
+    return (jnp.argmax(logits, axis=1).astype(labels.dtype) != labels) & jnp.isfinite(logits).all(axis=1)
 
 
 def select(

@@ -154,9 +154,9 @@ class FAB(RepeatedAttack):
         """Find the nearest misclassified points of one attempt."""
         logits = model(x)
         if self.untargeted:
-            targets = jnp.broadcast_to(jnp.arange(logits.shape[1])[:, None], logits.T.shape)
+            targets = jnp.broadcast_to(jnp.arange(logits.shape[1], dtype=labels.dtype)[:, None], logits.T.shape)
         else:
-            is_label = jnp.arange(logits.shape[1]) == labels[:, None]
+            is_label = jnp.arange(logits.shape[1], dtype=labels.dtype) == labels[:, None]
             ranked = jnp.argsort(jnp.where(is_label, -jnp.inf, logits), axis=1, descending=True)
             targets = jnp.take(ranked, number // self.restarts, axis=1)[None]
         is_first = number % self.restarts == 0

@@ -196,7 +196,7 @@ class _Window:
     def __init__(self, draws: Float[Array, "2"], side: Int[Array, ""], h: int, w: int):
         self.shape = h, w
         self.row, self.column = (_below(draw, size - side + 1) for draw, size in zip(draws, (h, w), strict=True))
-        rows, columns = jnp.arange(h) - self.row, jnp.arange(w) - self.column
+        rows, columns = (jnp.arange(size, dtype=side.dtype) - at for size, at in ((h, self.row), (w, self.column)))
         in_rows, in_columns = ((place >= 0) & (place < side) for place in (rows, columns))
         self.inside: Bool[Array, "h w"] = in_rows[:, None] & in_columns
 
