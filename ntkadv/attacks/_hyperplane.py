@@ -1,4 +1,4 @@
-"""Nearest points of a hyperplane within the box [0, 1], in three norms: exact, by one sort."""
+"""Nearest points of a hyperplane within the box [0, 1], in three norms, exactly."""
 
 from typing import TypeAlias
 
@@ -36,7 +36,7 @@ def step_to_hyperplane(norm: str, point: Images, normal: Images, gap: PerSample)
         normal: Normals w.
         gap: By how much <w, z> is to grow.
 
-    Source: Croce & Hein, ICML 2020, arXiv 1907.02044, section 2.2; solved here by sorting the breakpoints of the dual.
+    Source: Croce & Hein, ICML 2020, arXiv 1907.02044, section 2.2; solved here by Newton's method on the dual.
     """
 
     def one(point, normal, gap):
@@ -75,11 +75,23 @@ _SIZES = {"Linf": _linf_size, "L2": _l2_size, "L1": _l1_size}
 
 
 def _level(slope: Array, full_at: Array, gain: Array, need: Array) -> Array:
-    """Level t at which the sum of min(slope * t, gain) is what is needed; where all are full, if that is not enough."""
-    full_at, slope, gain = jax.lax.sort((full_at, slope, gain), num_keys=1)
-    full = jnp.cumsum(jnp.concatenate([jnp.zeros(1, gain.dtype), gain[:-1]]))
-    rising = jnp.cumsum(slope[::-1])[::-1]
-    enough = full + full_at * rising >= need
-    k = jnp.argmax(enough)
-    level = (need - full[k]) / jnp.where(rising[k] > 0, rising[k], 1)
-    return jnp.where(jnp.any(enough), jnp.clip(level, 0, full_at[k]), full_at[-1])
+    """Level t at which the sum of min(slope * t, gain) is what is needed; one at which all are full, if none suffices.
+
+    The sum is concave and made of straight pieces, so Newton's method from zero climbs to the level and never passes
+    it; it stops where no further coordinate is full, which is exact, and takes a handful of passes. Sorting the
+    breakpoints is many times slower on a CPU.
+    """
+
+    def climb(state):
+        level, _, passes = state
+        is_full = full_at <= level
+        rising = jnp.sum(jnp.where(is_full, 0, slope))
+        full = jnp.sum(jnp.where(is_full, gain, 0))
+        higher = jnp.where(rising > 0, (need - full) / jnp.where(rising > 0, rising, 1), level)
+        return jnp.maximum(level, higher), higher > level, passes + 1
+
+    start = (jnp.zeros_like(need), jnp.asarray(True), jnp.int32(0))
+    return jax.lax.while_loop(lambda state: state[1] & (state[2] < _MOST_PASSES), climb, start)[0]
+
+
+_MOST_PASSES = 64

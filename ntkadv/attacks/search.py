@@ -118,14 +118,19 @@ _SMALLEST = 8
 
 
 def batches(places: Int[np.ndarray, " m"], batch_size: int) -> list[Batch]:
-    """Cut places into batches of one size, or, where all fit into a quarter of it, a sixteenth, ..., into one of these.
+    """Cut places into batches; the last one is filled up to a whole batch, or a quarter of it, a sixteenth, ...
 
-    So what few samples are left is not filled up to a whole batch, and still only few sizes are ever compiled.
+    So few samples cost little, and only few sizes are ever compiled.
     """
-    while len(places) <= (quarter := max(-(-batch_size // 4), _SMALLEST)) < batch_size:
-        batch_size = quarter
     groups = [places[first : first + batch_size] for first in range(0, len(places), batch_size)]
-    return [Batch(np.pad(group, (0, batch_size - len(group)), mode="edge"), len(group)) for group in groups]
+    return [Batch(np.pad(group, (0, _filled(len(group), batch_size) - len(group)), mode="edge"), len(group))
+            for group in groups]  # fmt: skip
+
+
+def _filled(n: int, batch_size: int) -> int:
+    while n <= (quarter := max(-(-batch_size // 4), _SMALLEST)) < batch_size:
+        batch_size = quarter
+    return batch_size
 
 
 class _State:
