@@ -157,7 +157,7 @@ def robustness(report: Report, *, title: str = "") -> Figure:
         )
     axes.set_xticks(np.arange(len(models)), models)
     _finish(axes, "", f"accuracy, n = {report.n}, {100 * report.confidence:g}% intervals", title, legend=False)
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(-0.02, 1.02)
     _legend_beside(axes)
     return figure
 
@@ -184,11 +184,11 @@ def accuracy_curves(curves: AccuracyCurves, *, title: str = "") -> Figure:
     _finish(
         axes,
         f"radius eps of the {curves.attack['norm']} ball, pixels in [0, 1]",
-        f"accuracy under {curves.attack['name']}\n{curves.n} images, {100 * curves.confidence:g}% bands",
-        title,
+        f"robust accuracy on {curves.n} images, {100 * curves.confidence:g}% bands",
+        f"{title}\n{curves.attack['name']}" if title else curves.attack["name"],
         legend=False,
     )
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(-0.02, 1.02)
     _legend_beside(axes, handlelength=4)
     return figure
 

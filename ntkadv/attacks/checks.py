@@ -146,9 +146,9 @@ def _beaten(name: str, broken: float) -> Flag:
 def _losses(correct: Mapping[str, np.ndarray], attacks: Mapping[str, Attack]) -> Iterator[Flag]:
     kinds: dict[bool, list[np.ndarray]] = {True: [], False: []}
     for name, attack in attacks.items():
-        loss = getattr(attack, "loss", None)
-        if loss is not None and not attack.black_box:
-            kinds[loss == "squared"].append(correct[name])
+        # Attacks that have no loss of their own, as ensembles and FAB, go by the class.
+        if not attack.black_box:
+            kinds[getattr(attack, "loss", None) == "squared"].append(correct[name])
     if not (kinds[True] and kinds[False]):
         return
     squared, others = (float(np.logical_and.reduce(kinds[kind]).mean()) for kind in (True, False))
