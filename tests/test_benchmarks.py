@@ -193,3 +193,28 @@ def test_a_stopped_run_at_published_scale_goes_on_and_does_nothing_twice(tmp_pat
     assert [model["images"] for model in at_eps["models"].values()] == [30] * 4
     assert call("published_scale.py", *everything).returncode == 0
     assert result()["architectures"] == first["architectures"]
+
+
+@pytest.mark.slow
+def test_attacks_end_where_those_of_others_end(tmp_path, data_root):
+    sizes = ["--network-batches", 8, "--network-steps", 5, "--kernel-train", 60, "--kernel-batch", 4]
+    rest = ["--kernel-steps", 2, "--repeats", 1, "--root", data_root, "--output", tmp_path / "attacks.json"]
+    ended = call("attacks.py", *sizes, *rest)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    rows = json.loads((tmp_path / "attacks.json").read_text())["comparisons"]
+    assert [len(row["sides"]) for row in rows] == [3, 3]
+    assert all(row["points_apart"] < 1e-3 for row in rows)
+
+
+@pytest.mark.slow
+def test_autoattack_agrees_with_the_package_of_its_authors(tmp_path, data_root):
+    pytest.importorskip("torch")
+    pytest.importorskip("pyautoattack")
+    sizes = ["--n-test", 40, 30, "--n-train", 1000, 200, "--train-steps", 200, "--steps", 10, "--queries", 50]
+    rest = ["--tolerance", 0.04, "--norms", "Linf", "--root", data_root, "--output", tmp_path / "autoattack.json"]
+    ended = call("autoattack.py", *sizes, *rest)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    rows = json.loads((tmp_path / "autoattack.json").read_text())["comparisons"]
+    assert [row["model"] for row in rows] == ["mnist-cnn", "cifar10-kernel"]
+    for row in rows:
+        assert row["ntkadv"]["accuracy"]["clean"] == pytest.approx(row["original"]["accuracy"]["clean"], abs=1e-3)

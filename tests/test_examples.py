@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,42 @@ def load_example(name):
 @pytest.fixture(scope="module")
 def example():
     return load_example("robust_overfitting")
+
+
+@pytest.fixture(scope="module")
+def strong_attacks():
+    return load_example("strong_attacks")
+
+
+@pytest.mark.loose_promotion  # optax
+def test_strong_attacks_leave_curves_transfer_and_table_and_go_on(strong_attacks, tmp_path, monkeypatch):
+    config = strong_attacks.Config(
+        n_train=60, n_val=32, n_test=24, depth=1, width=16, radii=3, steps=3, queries=5, fit_steps=3, train_steps=4,
+        output=tmp_path,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings():
+        warnings.simplefilter("ignore", na.attacks.EvaluationWarning)
+        strong_attacks.main(config)
+    for figure in ("accuracy_against_eps", "transfer", "robustness"):
+        assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    models = ["NTK, t = ∞", "early stopping", "Adv-NTK", "network", "network, PGD"]
+    curves = na.AccuracyCurves.from_json(tmp_path / "curves.json")
+    assert curves.models == models
+    assert (np.diff(curves.accuracy, axis=1) <= 0).all()
+    matrix = na.TransferMatrix.from_json(tmp_path / "transfer.json")
+    assert matrix.sources == ["none", "random", *models]
+    report = na.Report.from_json(tmp_path / "report.json")
+    assert report.models == models
+    assert "early stopping against Adv-NTK, on the same images" in printed.getvalue()
+
+    monkeypatch.setattr(strong_attacks, "train", None)
+    monkeypatch.setattr(na, "gram", None)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", na.attacks.EvaluationWarning)
+        strong_attacks.main(config)
+    again = na.Report.from_json(tmp_path / "report.json")
+    for model in models:
+        assert again.cell(model).correct == report.cell(model).correct
 
 
 def small(example, output, **changes):
