@@ -144,7 +144,7 @@ def accuracy_curves(
 
     The balls are nested: a sample that is broken at one radius is so at all larger ones, and is not attacked there. The
     random numbers of a sample depend on `key`, its place and the radius, not on which other radii and samples there
-    are. One compiled program serves all radii; as few samples are left, a half, a quarter, ... of the batch.
+    are. One compiled program serves all radii, and a few more the smaller batches of what is left.
 
     Args:
         models: Models by name, see `evaluate`.

@@ -113,12 +113,12 @@ class Batch(NamedTuple):
     size: int
 
 
-_SMALLEST = 8
+_SMALLEST = 16
 """Batches are not made smaller than this: compiling costs more than a few samples."""
 
 
 def batches(places: Int[np.ndarray, " m"], batch_size: int) -> list[Batch]:
-    """Cut places into batches; the last one is filled up to a whole batch, or a quarter of it, a sixteenth, ...
+    """Cut places into batches; the last one is filled up to a whole batch, or a half of it, a quarter, ...
 
     So few samples cost little, and only few sizes are ever compiled.
     """
@@ -128,8 +128,8 @@ def batches(places: Int[np.ndarray, " m"], batch_size: int) -> list[Batch]:
 
 
 def _filled(n: int, batch_size: int) -> int:
-    while n <= (quarter := max(-(-batch_size // 4), _SMALLEST)) < batch_size:
-        batch_size = quarter
+    while n <= (half := max(-(-batch_size // 2), _SMALLEST)) < batch_size:
+        batch_size = half
     return batch_size
 
 
