@@ -43,9 +43,9 @@ class Settings:
     """Threat models."""
     root: Path | None = None
     """Folder of the images."""
-    n_test: tuple[int, int] = (500, 300)
+    n_test: tuple[int, int] = (300, 200)
     """Images attacked: of MNIST, of CIFAR-10."""
-    n_train: tuple[int, int] = (10_000, 2_000)
+    n_train: tuple[int, int] = (10_000, 1_000)
     """Images that the models are made from."""
     train_steps: int = 600
     """Steps of adversarial training of the CNN."""

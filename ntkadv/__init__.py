@@ -4,7 +4,7 @@ The rooms: `architectures` (one definition, finite network and infinite-width ke
 `dynamics` (closed forms), `attacks`, `adv_ntk`, `evaluation`, `runs` and `plots`. See the README for the whole house.
 """
 
-from ntkadv import architectures, attacks, dynamics, plots, runs
+from ntkadv import architectures, attacks, dynamics, kernels, plots, runs
 from ntkadv.adv_ntk import AdvNTKFit, fit_adv_ntk
 from ntkadv.curves import AccuracyCurves, accuracy_curves
 from ntkadv.data import Dataset, DatasetNotFoundError, load_dataset, targets
@@ -40,6 +40,7 @@ __all__ = [
     "evaluate",
     "fit_adv_ntk",
     "gram",
+    "kernels",
     "load_dataset",
     "mcnemar",
     "plots",

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ntkadv._convolutions import canonical_convolutions
 from ntkadv._typing import AnyArray
 from ntkadv.attacks.losses import Loss
 
@@ -61,7 +62,7 @@ def loss_and_gradient(
         losses = loss(logits, labels)
         return jnp.sum(losses), (losses, logits)
 
-    (_, (losses, logits)), gradient = jax.value_and_grad(total, has_aux=True)(x)
+    (_, (losses, logits)), gradient = canonical_convolutions(jax.value_and_grad(total, has_aux=True))(x)
     return losses, jnp.where(jnp.isfinite(gradient), gradient, 0), logits
 
 

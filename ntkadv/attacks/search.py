@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 from tqdm.auto import tqdm
 
+from ntkadv._convolutions import canonical_convolutions
 from ntkadv.attacks.best import misclassified
 from ntkadv.attacks.losses import margin
 from ntkadv.attacks.model import Model, in_precision, working_dtype
@@ -272,7 +273,8 @@ def _attempt(
     attack = template.with_eps(eps)
     clean = x.astype(eps.dtype)
     wrapped = in_precision(model, x.dtype)
-    points = move(x, attack.attempt(wrapped, clean, labels, keys, number) - clean)
+    attempt = canonical_convolutions(lambda *arguments: attack.attempt(wrapped, *arguments))
+    points = move(x, attempt(clean, labels, keys, number) - clean)
     logits = wrapped(points.astype(eps.dtype))
     return points, margin(logits, labels), misclassified(logits, labels)
 

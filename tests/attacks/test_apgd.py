@@ -101,38 +101,6 @@ def test_auto_pgd_reaches_more_than_pgd_of_the_same_length(threat, key):
     assert reached(APGD(threat, steps=40, loss="margin")) > reached(PGD(threat, steps=40, loss="margin")) - 1e-3
 
 
-@every_threat
-@pytest.mark.parametrize("loss", ["margin", "cross_entropy"])
-def test_optimum_is_reached_on_a_linear_classifier(threat, loss, key):
-    scipy_optimize = pytest.importorskip("scipy.optimize")
-    model = linear(seed=3)
-    x = images(8)
-    labels = labels_of(model, x)
-    lead = np.asarray(model.weights[:, 1] - model.weights[:, 0], np.float64)
-    attacked = np.asarray(APGD(threat, loss=loss)(model, x, labels, key=key), np.float64).reshape(8, -1)
-    for point, clean, label in zip(attacked, x.reshape(8, -1).astype(np.float64), labels, strict=True):
-        gain = lead * (1 if label == 0 else -1)
-        best = largest_gain(scipy_optimize, threat, gain, clean)
-        assert gain @ (point - clean) == pytest.approx(best, rel=1e-4)
-
-
-def largest_gain(optimize, threat, gain, clean):
-    """Largest gain of an allowed move: in closed form, as a linear programme, or by its dual."""
-    if threat.norm == "Linf":
-        return gain @ (np.clip(clean + threat.eps * np.sign(gain), 0, 1) - clean)
-    if threat.norm == "L1":
-        # A move is up - down, both of them at least 0.
-        bounds = [(0, room) for room in (*(1 - clean), *clean)]
-        both = np.concatenate([gain, -gain])
-        return -optimize.linprog(-both, A_ub=np.ones((1, len(both))), b_ub=[threat.eps], bounds=bounds).fun
-
-    def move(scale):
-        return np.clip(clean + scale * gain, 0, 1) - clean
-
-    longest = optimize.brentq(lambda scale: np.linalg.norm(move(scale)) - threat.eps, 0, 1e3)
-    return gain @ move(longest)
-
-
 @pytest.mark.parametrize("loss", TARGETED_LOSSES)
 def test_a_targeted_ascent_raises_the_logit_of_its_target(loss, key):
     weights = jax.random.normal(key, (int(np.prod(IMAGE)), 5))

@@ -45,7 +45,14 @@ ATTACKS = [
     AutoAttack(Linf(0.1), steps=4, queries=10),
     AutoAttack(L2(0.4), version="custom", attacks_to_run=["square", "apgd-squared"], steps=4, queries=10),
 ]
-every_attack = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: f"{attack.threat.norm} {attack.name}")
+
+
+def with_attacks(attacks):
+    return pytest.mark.parametrize("attack", attacks, ids=lambda attack: f"{attack.threat.norm} {attack.name}")
+
+
+every_attack = with_attacks(ATTACKS)
+every_single_attack = with_attacks([attack for attack in ATTACKS if not isinstance(attack, AutoAttack)])
 some_attacks = pytest.mark.parametrize(
     "attack",
     [*ATTACKS[2:6:2], ATTACKS[7], ATTACKS[13], ATTACKS[16]],
@@ -97,7 +104,7 @@ def test_result_is_allowed_in_half_precision(attack, dtype, key):
     require_allowed(attack.threat, wide, np.asarray(x.astype(jnp.float32), np.float64))
 
 
-@every_attack
+@every_single_attack
 def test_result_is_allowed_in_double_precision(attack, key, x64):
     x = images(5).astype(np.float64)
     model = smooth(1)
@@ -202,7 +209,7 @@ class Centred:
         return jnp.stack([-score, score], axis=1)
 
 
-@every_attack
+@every_single_attack
 def test_result_does_not_depend_on_the_batch_size(attack, key):
     x = images(5)
     labels = labels_of(MODEL, x, flipped=2)
@@ -211,7 +218,7 @@ def test_result_does_not_depend_on_the_batch_size(attack, key):
         np.testing.assert_allclose(attack(MODEL, x, labels, key=key, batch_size=batch_size), together, atol=1e-5)
 
 
-@every_attack
+@every_single_attack
 def test_same_key_gives_the_same_bits(attack, key):
     x = images(5)
     labels = labels_of(MODEL, x)
@@ -234,13 +241,13 @@ def test_zero_eps_returns_the_clean_images(attack, key):
     np.testing.assert_array_equal(attack(MODEL, x, labels_of(MODEL, x), key=key), x)
 
 
-@every_attack
+@every_single_attack
 def test_a_predictor_without_gradients_still_gets_allowed_images(attack, key):
     x = images(5)
     require_allowed(attack.threat, attack(zero, x, np.zeros(5, np.int32), key=key), x)
 
 
-@every_attack
+@every_single_attack
 def test_models_that_break_away_from_the_clean_images_do_no_harm(attack, key):
     x = 0.9 * images(5)
 

@@ -1,0 +1,95 @@
+"""Convolutions in the one layout that XLA computes fast inside loops on a CPU."""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+from jax.extend.core.primitives import conv_general_dilated_p
+
+
+def canonical_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the same function with every convolution in the layout NHWC, HWIO, for CPUs; elsewhere as it is.
+
+    XLA brings convolutions into that layout itself, but on a CPU not inside the body of a loop, where others, and among
+    them the input gradients of all, take several times as long (jax-ml/jax#12868). Derivatives must be taken inside
+    `function`: those taken of the result bring their own layout. Arguments are arrays or pytrees of them.
+    """
+
+    @wraps(function)
+    def wrapped(*arguments: Any) -> Any:
+        if jax.default_backend() != "cpu":
+            return function(*arguments)
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        if not _has_convolutions(closed):
+            return function(*arguments)
+        outputs = _evaluate(closed, jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
+
+    return wrapped
+
+
+def _has_convolutions(value: Any) -> bool:
+    """Whether there is a convolution in a program, or in what is a parameter of one of its equations."""
+    if isinstance(value, core.ClosedJaxpr):
+        return _has_convolutions(value.jaxpr)
+    if isinstance(value, core.Jaxpr):
+        return any(
+            eqn.primitive is conv_general_dilated_p or any(map(_has_convolutions, eqn.params.values()))
+            for eqn in value.eqns
+        )
+    return isinstance(value, tuple) and any(map(_has_convolutions, value))
+
+
+def _evaluate(closed: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
+    """Run a program with its convolutions in their layout, those inside loops and branches too."""
+    values: dict[Any, Any] = {}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+    values.update(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    values.update(zip(closed.jaxpr.invars, arguments, strict=True))
+    for eqn in closed.jaxpr.eqns:
+        inputs = [read(atom) for atom in eqn.invars]
+        with eqn.ctx.manager:
+            if eqn.primitive is conv_general_dilated_p:
+                found = _convolve(*inputs, **eqn.params)
+            else:
+                parameters = {name: _rewritten(value) for name, value in eqn.params.items()}
+                found = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(parameters))
+        values.update(zip(eqn.outvars, found if eqn.primitive.multiple_results else [found], strict=True))
+    return [read(atom) for atom in closed.jaxpr.outvars]
+
+
+def _rewritten(value: Any) -> Any:
+    """Give a parameter of an equation, programs in it rewritten."""
+    if not _has_convolutions(value):
+        return value
+    if isinstance(value, tuple):
+        return tuple(map(_rewritten, value))
+    if isinstance(value, core.Jaxpr):
+        return _rewritten(core.ClosedJaxpr(value, ())).jaxpr
+    shapes = [
+        jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+        for aval in value.in_avals
+    ]
+    return jax.make_jaxpr(lambda *arguments: _evaluate(value, arguments))(*shapes)
+
+
+def _convolve(lhs: Any, rhs: Any, *, dimension_numbers: Any, **parameters: Any) -> Any:
+    spatial = lhs.ndim - 2
+    images, kernel, result = dimension_numbers.lhs_spec, dimension_numbers.rhs_spec, dimension_numbers.out_spec
+    lhs = jnp.transpose(lhs, (images[0], *images[2:], images[1]))
+    rhs = jnp.transpose(rhs, (*kernel[2:], kernel[1], kernel[0]))
+    channels_last = (0, spatial + 1, *range(1, spatial + 1))
+    kernel_last = (spatial + 1, spatial, *range(spatial))
+    canonical = lax.ConvDimensionNumbers(channels_last, kernel_last, channels_last)
+    out = conv_general_dilated_p.bind(lhs, rhs, dimension_numbers=canonical, **parameters)
+    axes = [0] * out.ndim
+    for here, there in zip(result, channels_last, strict=True):
+        axes[here] = there
+    return jnp.transpose(out, axes)
