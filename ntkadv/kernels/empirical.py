@@ -111,6 +111,10 @@ def empirical_ark(
 
     .. math:: \Theta_x(x, x)_{jk} = \partial_x f_j(x) \cdot \partial_x f_k(x)
 
+    At random parameters the infinite-width ARK is its mean. It does not tend to it with the width alone: in the limit
+    the outputs are a random function of the image still, and their gradients vary with it, the less the more pixels
+    matter.
+
     Source: Fu & Wang, ICLR 2024, arXiv 2310.06112.
     """
     return _each(f, params, x, max_bytes, _own_ark)

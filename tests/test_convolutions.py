@@ -1,0 +1,99 @@
+"""Functions compute the same with their convolutions in another layout, wherever in the program they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.extend import core
+from jax.extend.core.primitives import conv_general_dilated_p
+
+from ntkadv._convolutions import canonical_convolutions
+
+X = np.random.default_rng(0).normal(size=(2, 7, 6, 4)).astype(np.float32)
+KERNEL = np.random.default_rng(1).normal(size=(3, 3, 4, 4)).astype(np.float32)
+
+
+def layouts(closed):
+    """Dimension numbers of all convolutions of a program."""
+    found = []
+
+    def look(value):
+        if isinstance(value, core.ClosedJaxpr):
+            look(value.jaxpr)
+        elif isinstance(value, core.Jaxpr):
+            for eqn in value.eqns:
+                if eqn.primitive is conv_general_dilated_p:
+                    found.append(tuple(map(tuple, eqn.params["dimension_numbers"])))
+                for parameter in eqn.params.values():
+                    look(parameter)
+        elif isinstance(value, tuple):
+            for one in value:
+                look(one)
+
+    look(closed)
+    return found
+
+
+CANONICAL = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
+
+def convolve(x, numbers=("NHWC", "HWIO", "NHWC"), **settings):
+    return lax.conv_general_dilated(
+        x, KERNEL, settings.pop("stride", (1, 1)), "SAME", dimension_numbers=numbers, **settings
+    )
+
+
+def gradient(x):
+    return jax.grad(lambda x: jnp.sum(jnp.sin(convolve(x, stride=(2, 1)))))(x)
+
+
+def kernel_gradient(x):
+    def total(kernel):
+        return jnp.sum(jnp.cos(lax.conv(jnp.transpose(x, (0, 3, 1, 2)), kernel, (1, 1), "SAME")))
+
+    return jax.grad(total)(jnp.transpose(KERNEL, (3, 2, 0, 1)))
+
+
+PROGRAMS = {
+    "another layout": lambda x: convolve(x, ("NWHC", "WHIO", "CNWH")),
+    "dilated and grouped": lambda x: convolve(x[..., :8], feature_group_count=1, rhs_dilation=(2, 1)),
+    "input gradient": gradient,
+    "kernel gradient": kernel_gradient,
+    "compiled on its own": lambda x: jax.jit(gradient)(x) + 1,
+    "in a scan": lambda x: lax.scan(lambda c, _: (c - 0.1 * gradient(c), jnp.sum(c)), x, length=3),
+    "in a loop": lambda x: lax.while_loop(
+        lambda c: jnp.sum(c[0]) < 3, lambda c: (c[0] + 1, c[1] - 0.01 * gradient(c[1])), (0, x)
+    )[1],
+    "in a branch": lambda x: lax.cond(x[0, 0, 0, 0] > 0, gradient, lambda x: -gradient(x), x),
+    "in a checkpoint": lambda x: jax.grad(lambda x: jnp.sum(jax.checkpoint(convolve)(x) ** 2))(x),
+    "under vmap": lambda x: jax.vmap(gradient)(jnp.stack([x, 2 * x])),
+    "no convolution": lambda x: jnp.sin(x) @ x[0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_result_is_the_same_and_every_layout_the_canonical_one(name):
+    function = PROGRAMS[name]
+    rewritten = canonical_convolutions(function)
+    for one, other in zip(jax.tree.leaves(rewritten(X)), jax.tree.leaves(function(X)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    inside = layouts(jax.make_jaxpr(rewritten)(X))
+    assert set(inside) <= {CANONICAL}
+    assert len(inside) == len(layouts(jax.make_jaxpr(function)(X)))
+    np.testing.assert_allclose(
+        jax.tree.leaves(jax.jit(rewritten)(X))[0], jax.tree.leaves(function(X))[0], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_layouts_are_not_canonical_by_themselves():
+    assert CANONICAL not in layouts(jax.make_jaxpr(PROGRAMS["another layout"])(X))
+    assert set(layouts(jax.make_jaxpr(gradient)(X))) != {CANONICAL}
+
+
+def test_derivatives_go_through():
+    def total(x):
+        return jnp.sum(canonical_convolutions(gradient)(x) ** 2)
+
+    expected = jax.grad(lambda x: jnp.sum(gradient(x) ** 2))(X)
+    np.testing.assert_allclose(jax.grad(total)(X), expected, rtol=1e-4, atol=1e-4)
