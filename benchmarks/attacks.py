@@ -50,7 +50,7 @@ class Settings:
     """Training images of the kernel predictor."""
     kernel_batch: int = 32
     """Images attacked at once, of the kernel predictor."""
-    kernel_steps: int = 5
+    kernel_steps: int = 20
     """Steps of PGD on the kernel predictor."""
     repeats: int = 5
     """Runs of each side, after one to warm up."""

@@ -159,9 +159,9 @@ class AutoAttack(Attack):
             best = best.update(point, margin(logits, labels), logits, labels, until_wrong=True)
         return best.point
 
-    def run(self, model, x, labels, **options):
-        """Attack images, see `Attack.run`, and warn where the result is not to be trusted (`EvaluationWarning`)."""
-        attacked = super().run(model, x, labels, **options)
+    def _attacked(self, model, x, labels, key, batch_size, **options):
+        """Warn where the result is not to be trusted (`EvaluationWarning`)."""
+        attacked = super()._attacked(model, x, labels, key, batch_size, **options)
         self._warn(check_outcome({self.name: ~attacked.is_wrong}, {self.name: self}, {self.name: attacked.fell_to}))
         return attacked
 

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +139,18 @@ class Attack(abc.ABC):
         Raises:
             TypeError, ValueError: as `__call__` does; and if the state file is that of another evaluation.
         """
+        return self._attacked(model, x, labels, key, batch_size, state_path=state_path, progress=progress)
+
+    def _attacked(
+        self,
+        model: Model,
+        x: Float[AnyArray, "n h w c"],
+        labels: Int[AnyArray, " n"],
+        key: Key[Array, ""],
+        batch_size: int | None,
+        **options: Any,
+    ) -> Attacked:
+        """Check what was given, and search; `options` are those of `search`."""
         require_images("x", x)
         require_same_length(x=x, labels=labels)
         require_key("key", key)
@@ -156,8 +168,7 @@ class Attack(abc.ABC):
             sample_keys(key, len(x)),
             num_classes=num_classes,
             batch_size=len(x) if batch_size is None else min(batch_size, len(x)),
-            state_path=state_path,
-            progress=progress,
+            **options,
         )
 
     def _before(self, model: Model, x: AnyArray, labels: AnyArray) -> None:
@@ -197,7 +208,7 @@ class Attack(abc.ABC):
             ValueError: Pixels outside [0, 1], no images, labels out of range, a model whose result is not
                 (b, num_classes), or which is not finite at the clean images.
         """
-        return self.run(model, x, labels, key=key, batch_size=batch_size, progress=progress).points
+        return self._attacked(model, x, labels, key, batch_size, judge=False, progress=progress).points
 
 
 @dataclass(frozen=True)

@@ -209,9 +209,14 @@ def search(
     num_classes: int,
     batch_size: int,
     state_path: str | os.PathLike[str] | None = None,
+    judge: bool = True,
     progress: bool = False,
 ) -> Attacked:
-    """Run the stages of an attack one after the other, each on the samples that those before it left unbroken."""
+    """Run the stages of an attack one after the other, each on the samples that those before it left unbroken.
+
+    Without `judge` only the points are asked for: where there is one stage, they are not shown to the model again.
+    """
+    judge = judge or len(stages) > 1
     state = _State(x, batch_size)
     places = np.arange(len(x))
     clean = _clean_logits(model, x, batches(places, batch_size))
@@ -229,7 +234,7 @@ def search(
         stage_keys = _salted(keys, stage.salt)
         for batch in _with_bar(todo, state.batches_done, stage, len(stages), progress):
             at = jnp.asarray(batch.places)
-            found = _attempt(*_traced(stage, x.dtype), model, x[at], labels[at], stage_keys[at])
+            found = _attempt(*_traced(stage, x.dtype), model, x[at], labels[at], stage_keys[at], judge)
             state.take(batch.places[: batch.size], state.stage, *found)
             state.cost = state.cost.plus(stage.attack.cost(num_classes).times(batch.size))
             state.batches_done += 1
@@ -267,7 +272,7 @@ def _traced(stage: Stage, dtype: Any) -> tuple[Searching, Array, Array]:
 
 @eqx.filter_jit
 def _attempt(
-    template: Searching, number: Array, eps: Array, model: Model, x: Array, labels: Array, keys: Array
+    template: Searching, number: Array, eps: Array, model: Model, x: Array, labels: Array, keys: Array, judge: bool
 ) -> tuple[Array, Array, Array]:
     """Attack one batch, and judge the points in the dtype of `x`."""
     attack = template.with_eps(eps)
@@ -275,6 +280,8 @@ def _attempt(
     wrapped = in_precision(model, x.dtype)
     attempt = canonical_convolutions(lambda *arguments: attack.attempt(wrapped, *arguments))
     points = move(x, attempt(clean, labels, keys, number) - clean)
+    if not judge:
+        return points, jnp.zeros(len(x)), jnp.zeros(len(x), bool)
     logits = wrapped(points.astype(eps.dtype))
     return points, margin(logits, labels), misclassified(logits, labels)
 
