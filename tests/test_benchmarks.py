@@ -211,7 +211,7 @@ def test_autoattack_agrees_with_the_package_of_its_authors(tmp_path, data_root):
     pytest.importorskip("torch")
     pytest.importorskip("pyautoattack")
     sizes = ["--n-test", 40, 30, "--n-train", 1000, 200, "--train-steps", 200, "--steps", 10, "--queries", 50]
-    rest = ["--tolerance", 0.04, "--norms", "Linf", "--root", data_root, "--output", tmp_path / "autoattack.json"]
+    rest = ["--tolerance", 0.1, "--norms", "Linf", "--root", data_root, "--output", tmp_path / "autoattack.json"]
     ended = call("autoattack.py", *sizes, *rest)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rows = json.loads((tmp_path / "autoattack.json").read_text())["comparisons"]
