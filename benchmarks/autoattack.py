@@ -157,8 +157,8 @@ def native(model: Any, x: np.ndarray, labels: np.ndarray, threat: Any, settings:
 
 def original(model: Any, x: np.ndarray, labels: np.ndarray, threat: Any, settings: Settings) -> dict[str, Any]:
     """Run the ensemble of its authors."""
-    import pyautoattack
-    import torch
+    import pyautoattack  # pyright: ignore[reportMissingImports] - optional
+    import torch  # pyright: ignore[reportMissingImports] - optional
 
     module = na.attacks.torch_module(model, batch_size=settings.batch_size)
     ensemble = pyautoattack.AutoAttack(

@@ -17,7 +17,7 @@ from ntkadv.attacks.model import Model, in_precision
 
 if TYPE_CHECKING:
     import foolbox
-    import torch
+    import torch  # pyright: ignore[reportMissingImports] - optional
 
 Layout = Literal["NCHW", "NHWC"]
 
@@ -175,7 +175,7 @@ def _filled(x: torch.Tensor, limit: int) -> torch.Tensor:
 @cache
 def _torch_classes() -> tuple[type, ...]:
     """Define the classes of PyTorch that need it to be imported."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports] - optional
 
     class Refuse(torch.autograd.Function):
         """The gradient as it is, which cannot be differentiated."""
