@@ -34,9 +34,7 @@ def canonical_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _has_convolutions(value: Any) -> bool:
     """Whether there is a convolution in a program, or in what is a parameter of one of its equations."""
-    if isinstance(value, core.ClosedJaxpr):
-        return _has_convolutions(value.jaxpr)
-    if isinstance(value, core.Jaxpr):
+    if isinstance(value, (core.Jaxpr, core.ClosedJaxpr)):
         return any(
             eqn.primitive is conv_general_dilated_p or any(map(_has_convolutions, eqn.params.values()))
             for eqn in value.eqns
@@ -71,7 +69,8 @@ def _rewritten(value: Any) -> Any:
         return value
     if isinstance(value, tuple):
         return tuple(map(_rewritten, value))
-    if isinstance(value, core.Jaxpr):
+    # From JAX 0.12 on there is one class for programs, closed or not.
+    if not isinstance(value, core.ClosedJaxpr):
         return _rewritten(core.ClosedJaxpr(value, ())).jaxpr
     shapes = [
         jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))

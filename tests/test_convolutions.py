@@ -19,9 +19,7 @@ def layouts(closed):
     found = []
 
     def look(value):
-        if isinstance(value, core.ClosedJaxpr):
-            look(value.jaxpr)
-        elif isinstance(value, core.Jaxpr):
+        if isinstance(value, (core.Jaxpr, core.ClosedJaxpr)):
             for eqn in value.eqns:
                 if eqn.primitive is conv_general_dilated_p:
                     found.append(tuple(map(tuple, eqn.params["dimension_numbers"])))
