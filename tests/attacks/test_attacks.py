@@ -104,6 +104,7 @@ def test_result_is_allowed_in_half_precision(attack, dtype, key):
     require_allowed(attack.threat, wide, np.asarray(x.astype(jnp.float32), np.float64))
 
 
+@pytest.mark.slow
 @every_single_attack
 def test_result_is_allowed_in_double_precision(attack, key, x64):
     x = images(5).astype(np.float64)

@@ -36,6 +36,7 @@ def test_budgets_are_those_of_the_original():
     assert square.rescale_schedule == theirs.square.rescale_schedule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_robust_accuracy_is_that_of_the_original(norm, key):
     torch = pytest.importorskip("torch")
@@ -68,6 +69,7 @@ def test_robust_accuracy_is_that_of_the_original(norm, key):
     assert abs(done.is_wrong.mean() - wrong.mean()) <= 0.01
 
 
+@pytest.mark.slow
 def test_inside_one_program_the_ensemble_breaks_the_same(key):
     x = images(12, seed=5)
     labels = labels_of(MODEL, x, flipped=2)
@@ -80,6 +82,7 @@ def test_inside_one_program_the_ensemble_breaks_the_same(key):
     np.testing.assert_array_equal(inside[:2], x[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 3])
 def test_with_few_classes_the_margin_stands_in_for_losses_that_are_not_defined(classes, key):
     model, x = linear(classes), images(10)

@@ -73,6 +73,7 @@ def test_a_finished_search_is_read_and_not_run_again(samples, key, tmp_path, mon
     np.testing.assert_array_equal(run(ENSEMBLE, samples, key, state_path=path).points, whole.points)
 
 
+@pytest.mark.slow
 def test_another_batch_size_may_go_on(samples, key, tmp_path, monkeypatch):
     path = tmp_path / "state.npz"
     monkeypatch.setattr(search, "_SAVE_EVERY", -1.0)
