@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Key
 from tqdm.auto import tqdm
 
 from ntkadv._checks import (
@@ -28,7 +27,7 @@ from ntkadv._tables import file_name
 from ntkadv._typing import AnyArray
 from ntkadv.attacks.base import Attack
 from ntkadv.attacks.checks import EvaluationWarning, Flag, check_model, check_outcome
-from ntkadv.attacks.model import Model, num_classes_of
+from ntkadv.attacks.model import Model, logits_of, num_classes_of
 from ntkadv.attacks.search import Cost, batches
 from ntkadv.data import Dataset
 from ntkadv.report import CLEAN, WORST_CASE, Evaluation, Report, Score
@@ -298,12 +297,7 @@ def is_correct(model: Model, x: AnyArray, labels: AnyArray, batch_size: int, nam
     """
     logits = []
     for batch in batches(np.arange(len(x)), batch_size):
-        logits.append(np.asarray(_logits(model, jnp.asarray(x[batch.places])))[: batch.size])
+        logits.append(np.asarray(logits_of(model, jnp.asarray(x[batch.places])))[: batch.size])
     all_logits = np.concatenate(logits)
     require_finite(f"logits ({name})", all_logits)
     return all_logits.argmax(axis=1) == np.asarray(labels)
-
-
-@eqx.filter_jit
-def _logits(model: Model, x: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
-    return model(x)

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 from ntkadv._checks import require_int
 from ntkadv.attacks.apgd import APGD, TargetedAPGD
-from ntkadv.attacks.base import Attack, fold_in_each
+from ntkadv.attacks.base import Attack
 from ntkadv.attacks.best import Best, misclassified
 from ntkadv.attacks.checks import EvaluationWarning, Flag, check_model, check_outcome
 from ntkadv.attacks.fab import FAB
 from ntkadv.attacks.losses import margin
 from ntkadv.attacks.search import Stage
 from ntkadv.attacks.square import SquareAttack
-from ntkadv.attacks.threat_model import L2, Linf
+from ntkadv.attacks.threat_model import L2, Linf, fold_in_each
 
 Version = Literal["standard", "plus", "custom"]
 

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from ntkadv.attacks.best import Best
 from ntkadv.attacks.losses import margin
 from ntkadv.attacks.model import Model, num_classes_of
 from ntkadv.attacks.search import Attacked, Cost, Stage, search
-from ntkadv.attacks.threat_model import ThreatModel, sample_keys
+from ntkadv.attacks.threat_model import ThreatModel, fold_in_each, sample_keys
 
 
 @dataclass(frozen=True)
@@ -151,25 +151,10 @@ class Attack(abc.ABC):
         **options: Any,
     ) -> Attacked:
         """Check what was given, and search; `options` are those of `search`."""
-        require_images("x", x)
-        require_same_length(x=x, labels=labels)
-        require_key("key", key)
-        if batch_size is not None:
-            require_int("batch_size", batch_size, minimum=1)
-        num_classes = num_classes_of(model, x)
-        require_labels("labels", labels, num_classes)
+        samples, num_classes, size = prepared(model, x, labels, key, batch_size)
         self._before(model, x, labels)
-        return search(
-            self,
-            self.stages(num_classes),
-            model,
-            jnp.asarray(x),
-            jnp.asarray(labels, jnp.int32),
-            sample_keys(key, len(x)),
-            num_classes=num_classes,
-            batch_size=len(x) if batch_size is None else min(batch_size, len(x)),
-            **options,
-        )
+        stages = self.stages(num_classes)
+        return search(self, stages, model, *samples, num_classes=num_classes, batch_size=size, **options)
 
     def _before(self, model: Model, x: AnyArray, labels: AnyArray) -> None:
         """Look at a model before it is attacked, for attacks that warn."""
@@ -245,6 +230,28 @@ class RepeatedAttack(Attack):
         return jax.lax.scan(step, Best.nothing(x, logits.dtype), numbers)[0].point
 
 
-def fold_in_each(keys: Key[Array, " b"], number: UInt32[Array, ""]) -> Key[Array, " b"]:
-    """Fold one number into each key."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+class Samples(NamedTuple):
+    """Images, labels and a key for each, on the device."""
+
+    x: Float[Array, "n h w c"]
+    labels: Int[Array, " n"]
+    keys: Key[Array, " n"]
+
+
+def prepared(
+    model: Model,
+    x: Float[AnyArray, "n h w c"],
+    labels: Int[AnyArray, " n"],
+    key: Key[Array, ""],
+    batch_size: int | None,
+) -> tuple[Samples, int, int]:
+    """Check what an attack is given, see `Attack.__call__`: the samples, the number of classes, the size of a batch."""
+    require_images("x", x)
+    require_same_length(x=x, labels=labels)
+    require_key("key", key)
+    if batch_size is not None:
+        require_int("batch_size", batch_size, minimum=1)
+    num_classes = num_classes_of(model, x)
+    require_labels("labels", labels, num_classes)
+    samples = Samples(jnp.asarray(x), jnp.asarray(labels, jnp.int32), sample_keys(key, len(x)))
+    return samples, num_classes, len(x) if batch_size is None else min(batch_size, len(x))

@@ -23,10 +23,9 @@ from ntkadv._checks import (
     require_same_length,
 )
 from ntkadv._typing import AnyArray
-from ntkadv.attacks.base import fold_in_each
 from ntkadv.attacks.model import Model, in_precision, num_classes_of, working_dtype
 from ntkadv.attacks.search import batches
-from ntkadv.attacks.threat_model import L1, L2, Linf, ThreatModel, sample_keys
+from ntkadv.attacks.threat_model import L1, L2, Linf, ThreatModel, fold_in_each, sample_keys
 
 Vectors = Float[np.ndarray, "n d"]
 PerSample = Float[np.ndarray, " n"]

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ntkadv._typing import AnyArray
 from ntkadv.attacks.base import Attack
 from ntkadv.attacks.losses import cross_entropy, margin
-from ntkadv.attacks.model import Model, in_precision, loss_and_gradient
+from ntkadv.attacks.model import Model, in_precision, logits_of, loss_and_gradient
 
 _RANDOM = 1e-4
 """Distance of two answers, in units of the answer, from which on a model counts as random (as in AutoAttack)."""
@@ -46,7 +46,7 @@ def check_model(
         arXiv 1802.00420.
     """
     images, y = jnp.asarray(x[:batch_size]), jnp.asarray(labels[:batch_size], jnp.int32)
-    logits = np.asarray(_logits(model, images), np.float64)
+    logits = np.asarray(logits_of(model, images), np.float64)
     is_correct = logits.argmax(axis=1) == np.asarray(y)
     return [*_randomness(model, images, logits), *_probabilities(logits), *_gradients(model, images, y, is_correct)]
 
@@ -160,11 +160,6 @@ def _losses(correct: Mapping[str, np.ndarray], attacks: Mapping[str, Attack]) ->
             f"loss{'es flatter' if weak == 'other' else ' flatters'} the model, so report the {strong} "
             f"loss{'es' if strong == 'other' else ''}, or the worst case.",
         )
-
-
-@eqx.filter_jit
-def _logits(model: Model, x: Array) -> Array:
-    return in_precision(model, x.dtype)(x)
 
 
 @eqx.filter_jit

@@ -10,20 +10,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ntkadv._checks import (
-    require_images,
     require_int,
-    require_key,
-    require_labels,
     require_nonnegative,
-    require_same_length,
 )
 from ntkadv._typing import AnyArray
 from ntkadv.attacks._hyperplane import NORMS, dual_norm, step_to_hyperplane
-from ntkadv.attacks.base import Attack, RepeatedAttack, fold_in_each
+from ntkadv.attacks.base import Attack, RepeatedAttack, prepared
 from ntkadv.attacks.best import misclassified, select
-from ntkadv.attacks.model import Model, in_precision, num_classes_of, working_dtype
+from ntkadv.attacks.model import Model, in_precision, working_dtype
 from ntkadv.attacks.search import Cost, batches
-from ntkadv.attacks.threat_model import sample_keys
+from ntkadv.attacks.targets import target_classes
+from ntkadv.attacks.threat_model import fold_in_each
 
 
 class Nearest(NamedTuple):
@@ -112,7 +109,7 @@ class FAB(RepeatedAttack):
 
     def attempts(self, num_classes: int) -> int:
         """Give the number of targets times that of starts."""
-        return self.restarts * (1 if self.untargeted else min(self.targets, num_classes - 1))
+        return self.restarts * (1 if self.untargeted else len(target_classes(self.targets, num_classes)))
 
     def attempt(self, model, x, labels, keys, number):
         """One target and one start on one batch, see `RepeatedAttack.attempt`."""
@@ -135,18 +132,11 @@ class FAB(RepeatedAttack):
         Raises:
             TypeError, ValueError: as `Attack.__call__`, but for logits that are not finite at a clean image.
         """
-        require_images("x", x)
-        require_same_length(x=x, labels=labels)
-        require_key("key", key)
-        if batch_size is not None:
-            require_int("batch_size", batch_size, minimum=1)
-        require_labels("labels", labels, num_classes_of(model, x))
-        x, labels, keys = jnp.asarray(x), jnp.asarray(labels, jnp.int32), sample_keys(key, len(x))
-        eps = jnp.asarray(self.threat.eps, working_dtype(x.dtype))
-        size = len(x) if batch_size is None else min(batch_size, len(x))
+        samples, _, size = prepared(model, x, labels, key, batch_size)
+        eps = jnp.asarray(self.threat.eps, working_dtype(samples.x.dtype))
         found = []
         for places, count in batches(np.arange(len(x)), size):
-            nearest = _nearest(self.with_eps(0.0), eps, model, x[places], labels[places], keys[places])
+            nearest = _nearest(self.with_eps(0.0), eps, model, *(part[places] for part in samples))
             found.append(Nearest(*(part[:count] for part in nearest)))
         return Nearest(*(jnp.concatenate(parts) for parts in zip(*found, strict=True)))
 
@@ -156,9 +146,8 @@ class FAB(RepeatedAttack):
         if self.untargeted:
             targets = jnp.broadcast_to(jnp.arange(logits.shape[1], dtype=labels.dtype)[:, None], logits.T.shape)
         else:
-            is_label = jnp.arange(logits.shape[1], dtype=labels.dtype) == labels[:, None]
-            ranked = jnp.argsort(jnp.where(is_label, -jnp.inf, logits), axis=1, descending=True)
-            targets = jnp.take(ranked, number // self.restarts, axis=1)[None]
+            ranks = target_classes(self.targets, logits.shape[1])
+            targets = ranks.of(logits, labels, number // self.restarts)[None]
         is_first = number % self.restarts == 0
         start = x + jnp.where(is_first, 0, (self.threat.random_point(keys, x) - x) / 2)
 

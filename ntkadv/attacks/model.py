@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -40,6 +41,12 @@ def in_precision(model: Model, dtype: Any) -> Model:
         return logits.astype(wider(logits.dtype, working_dtype(z.dtype)))
 
     return wrapped
+
+
+@eqx.filter_jit
+def logits_of(model: Model, x: Float[Array, "b h w c"]) -> Float[Array, "b classes"]:
+    """Logits of one batch, compiled; in float32 at least."""
+    return in_precision(model, x.dtype)(x)
 
 
 def working_dtype(dtype: Any) -> Any:

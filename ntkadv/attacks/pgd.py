@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from ntkadv._checks import require_int, require_nonnegative
-from ntkadv.attacks.base import Attack, fold_in_each
+from ntkadv.attacks.base import Attack
 from ntkadv.attacks.best import Best
 from ntkadv.attacks.losses import Loss, get_loss, loss_suffix
 from ntkadv.attacks.model import loss_and_gradient
 from ntkadv.attacks.search import Cost
+from ntkadv.attacks.threat_model import fold_in_each
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from ntkadv._convolutions import canonical_convolutions
 from ntkadv.attacks.best import misclassified
 from ntkadv.attacks.losses import margin
-from ntkadv.attacks.model import Model, in_precision, working_dtype
-from ntkadv.attacks.threat_model import ThreatModel, move
+from ntkadv.attacks.model import Model, in_precision, logits_of, working_dtype
+from ntkadv.attacks.threat_model import ThreatModel, fold_in_each, move
 from ntkadv.runs import load_checkpoint, save_checkpoint
 
 AS_THEY_ARE = "clean"
@@ -286,18 +286,13 @@ def _attempt(
     return points, margin(logits, labels), misclassified(logits, labels)
 
 
-@eqx.filter_jit
-def _logits(model: Model, x: Array) -> Array:
-    return in_precision(model, x.dtype)(x)
-
-
 def _clean_logits(model: Model, x: Array, todo: Sequence[Batch]) -> np.ndarray:
     """Logits at the clean images.
 
     Raises:
         ValueError: they are not finite.
     """
-    logits = np.concatenate([np.asarray(_logits(model, x[jnp.asarray(b.places)]))[: b.size] for b in todo])
+    logits = np.concatenate([np.asarray(logits_of(model, x[jnp.asarray(b.places)]))[: b.size] for b in todo])
     bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if bad.size:
         raise ValueError(
@@ -307,9 +302,7 @@ def _clean_logits(model: Model, x: Array, todo: Sequence[Batch]) -> np.ndarray:
     return logits
 
 
-@jax.jit
-def _fold_in_each(keys: Array, number: Array) -> Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+_fold_in_each = jax.jit(fold_in_each)
 
 
 def _salted(keys: Array, salt: tuple[int, ...]) -> Array:

@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ntkadv._checks import require_int, require_nonnegative
-from ntkadv.attacks.base import RepeatedAttack, fold_in_each
+from ntkadv.attacks.base import RepeatedAttack
 from ntkadv.attacks.best import Best, select
 from ntkadv.attacks.losses import Loss, get_loss, loss_suffix
 from ntkadv.attacks.search import Cost
-from ntkadv.attacks.threat_model import L2, Linf
+from ntkadv.attacks.threat_model import L2, Linf, fold_in_each
 
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries, of 10,000, after which the share of the pixels that a square covers is halved."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, UInt32
 
 from ntkadv._checks import require_nonnegative
 
@@ -241,6 +241,11 @@ def move(x: Images, offset: Images) -> Images:
 def sample_keys(key: Key[Array, ""], n: int, *, first: int = 0) -> Key[Array, " n"]:
     """One key for each of the samples first, ..., first + n - 1, the same however samples are grouped."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(first, first + n, dtype=jnp.uint32))
+
+
+def fold_in_each(keys: Key[Array, " b"], number: UInt32[Array, ""]) -> Key[Array, " b"]:
+    """Fold one number into each key."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 def _room(offset: Images, x_clean: Images) -> Images:

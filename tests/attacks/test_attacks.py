@@ -157,7 +157,6 @@ def test_gradient_attacks_reach_the_exact_worst_case_of_a_binary_linear_classifi
         attacks.append(FGSM(threat, loss="margin"))
     clean = margins(model, x, labels)
     for attack in attacks:
-        reached = margins(Scaled(model) if attack.name == "APGD-squared" else model, x, labels)
         attacked = attack(Scaled(model) if attack.name == "APGD-squared" else model, x, labels, key=key)
         reached = margins(model, attacked, labels)
         short = (exact.upper - reached) / (exact.upper - clean)
