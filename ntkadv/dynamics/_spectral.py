@@ -58,39 +58,47 @@ def with_equal_copies(gram: Float[np.ndarray, "n n"], x: AnyArray) -> Float[np.n
 
 
 def spectrum(gram: Float[np.ndarray, "n n"], scale: Float[np.ndarray, " n"]) -> Spectrum:
-    """Decompose `S = D^1/2 Theta D^1/2` for positive `D = diag(scale)`.
-
-    The floor is `max(eps lambda_max, |most negative eigenvalue|)`, eps that of the dtype `gram` came in (or n times
-    that of float64, which is what the decomposition adds); eigenvalues below it carry no information, and negative
-    ones become 0.
-
-    Raises `ValueError` where negative eigenvalues are too large to be rounding, `MemoryError` before starting where the
-    machine has too little memory.
-    """
-    n = len(gram)
-    require_memory(
-        f"the eigendecomposition of a {n} x {n} matrix in float64",
-        5 * 8 * n**2,  # the matrix, LAPACK's copy, its workspace of twice the size, and the vectors
-        "Take fewer samples; Adv-NTK, whose Krylov solves need no eigendecomposition, takes more.",
-    )
-    eps = float(np.finfo(gram.dtype).eps)
+    """Decompose `S = D^1/2 Theta D^1/2` for positive `D = diag(scale)`, see `decompose`."""
+    _require_room(len(gram))
     root = np.sqrt(scale)
     scaled = gram.astype(np.float64)
     scaled += scaled.T
     scaled *= 0.5
     scaled *= root[:, None]
     scaled *= root[None, :]
-    values, vectors = _eigh(scaled)
+    return decompose(scaled, gram.dtype)
+
+
+def decompose(matrix: Float[np.ndarray, "n n"], dtype: np.dtype) -> Spectrum:
+    """Decompose a symmetric positive semi-definite matrix in float64 that was computed in `dtype`.
+
+    The floor is `max(eps lambda_max, |most negative eigenvalue|)`, eps that of `dtype` (or n times that of float64,
+    which is what the decomposition adds); eigenvalues below it carry no information, and negative ones become 0.
+
+    Raises `ValueError` where negative eigenvalues are too large to be rounding, `MemoryError` before starting where the
+    machine has too little memory.
+    """
+    _require_room(len(matrix))
+    eps = float(np.finfo(dtype).eps)
+    values, vectors = _eigh(matrix)
     smallest, largest = float(values[0]), float(max(values[-1], 0.0))
     if smallest < -100 * eps * np.sqrt(len(values)) * largest:
         raise ValueError(
             f"gram is not positive semi-definite: its smallest eigenvalue (weighted by the attack) is {smallest:.3g}, "
-            f"its largest {largest:.3g}, where rounding in {gram.dtype} explains no more than "
+            f"its largest {largest:.3g}, where rounding in {dtype} explains no more than "
             f"-{100 * eps * np.sqrt(len(values)) * largest:.1g}. It is no kernel of these images, or was computed "
             f"with too little precision."
         )
     noise = max(eps, len(values) * float(np.finfo(np.float64).eps))
     return Spectrum(np.maximum(values, 0.0), vectors, max(noise * largest, -smallest))
+
+
+def _require_room(n: int) -> None:
+    require_memory(
+        f"the eigendecomposition of a {n} x {n} matrix in float64",
+        5 * 8 * n**2,  # the matrix, LAPACK's copy, its workspace of twice the size, and the vectors
+        "Take fewer samples; Adv-NTK, whose Krylov solves need no eigendecomposition, takes more.",
+    )
 
 
 def _eigh(matrix: Float[np.ndarray, "n n"]) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n n"]]:

@@ -177,7 +177,7 @@ class TrainingDynamics(_Fit):
 
     def train_residual(self, times: float | Sequence[float] | Float[np.ndarray, " t"]) -> Float[np.ndarray, "t n c"]:
         """`Y - f_t(X) = exp(-t Theta D) Y` at the training images, without a loss of digits as it goes to 0."""
-        times = _checked_times(times)
+        times = checked_times(times)
         values, vectors, floor = self.spectrum
         trained = np.where(values > floor, values, 0.0)
         exponent = np.where(trained > 0, np.multiply.outer(times, np.where(trained > 0, trained, 1.0)), 0.0)
@@ -219,7 +219,7 @@ class TrainingDynamics(_Fit):
 
     def _growth(self, times: float | Sequence[float] | Float[np.ndarray, " t"]) -> Float[np.ndarray, "t n"]:
         """`h_lambda(t)`, the filter of gradient flow; `1 / lambda` at an infinite time, 0 below the noise floor."""
-        times = _checked_times(times)
+        times = checked_times(times)
         values, _, floor = self.spectrum
         trained = values > floor
         safe = np.where(trained, values, 1.0)
@@ -278,7 +278,8 @@ def _ark(arch: Architecture, x: AnyArray) -> Float[np.ndarray, " n"]:
     return np.concatenate([np.asarray(arch.ark(x[start : start + _ARK_BATCH])) for start in starts])
 
 
-def _checked_times(times: float | Sequence[float] | Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
+def checked_times(times: float | Sequence[float] | Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
+    """Give times as an array (t,); `ValueError` unless all are non-negative numbers."""
     return _checked_numbers("times", times)
 
 

@@ -12,7 +12,6 @@ differently from sample to sample it is an approximation, and `closed_form_gap` 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +19,12 @@ from jaxtyping import Float
 
 from ntkadv._checks import require_finite
 from ntkadv._typing import AnyArray
+from ntkadv.dynamics._ode import integrate
 from ntkadv.dynamics._spectral import checked_gram
 from ntkadv.dynamics.phi import training_coefficients
 from ntkadv.dynamics.regularization import effective_time
 
 Rates: TypeAlias = Float[AnyArray, " n"] | Callable[[Any], Any]
-
-_STIFF = 1e3
 
 
 def integrate_flow(
@@ -48,38 +46,14 @@ def integrate_flow(
     or NaN; `RuntimeError` where the solver takes more than `max_steps` steps.
     """
     theta, targets, times = _checked(theta, targets, times)
-    order, back = np.unique(times, return_inverse=True)
-    if order[-1] == 0:
-        return np.broadcast_to(targets, (len(times), *targets.shape)).copy()
     rate = _rate_function(rates, len(targets))
-    fastest = max(float(np.max(np.asarray(rate(t)))) for t in np.linspace(0.0, order[-1], 9))
-    stiff = float(np.linalg.norm(theta, 2)) * fastest * order[-1] > _STIFF
 
-    with jax.enable_x64(True):
-        kernel = jnp.asarray(theta)
+    def slope(t: Any, residual: Any, kernel: Any) -> Any:
+        return -kernel @ (rate(t)[:, None] * residual)
 
-        def slope(t: Any, residual: Any, _: Any) -> Any:
-            return -kernel @ (rate(t)[:, None] * residual)
-
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(slope),
-            diffrax.Kvaerno5() if stiff else diffrax.Dopri8(),
-            t0=0.0,
-            t1=float(order[-1]),
-            dt0=None,
-            y0=jnp.asarray(targets),
-            saveat=diffrax.SaveAt(ts=jnp.asarray(order)),
-            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=rtol * 1e-2),
-            max_steps=max_steps,
-            throw=False,
-        )
-        if solution.result != diffrax.RESULTS.successful:
-            raise RuntimeError(
-                f"the flow could not be integrated to time {order[-1]:g} within {max_steps} steps "
-                f"({'Kvaerno5' if stiff else 'Dopri8'}); allow more with max_steps, or loosen rtol."
-            )
-        assert solution.ys is not None
-        return np.asarray(solution.ys)[back]
+    fastest = max(float(np.max(np.asarray(rate(t)))) for t in np.linspace(0.0, times.max(), 9))
+    stiffness = float(np.linalg.norm(theta, 2)) * fastest * float(times.max())
+    return integrate(slope, targets, times, theta, stiffness, rtol, max_steps)
 
 
 def closed_form_gap(

@@ -24,8 +24,8 @@ from ntkadv._typing import AnyArray
 Strength: TypeAlias = float | Float[AnyArray, " n"] | Callable[[float], Any]
 
 
-def effective_time(rates: Callable[[float], Any], time: float) -> Float[np.ndarray, " n"]:
-    """`int_0^t E(s) ds` for rates (n,) that vary, by adaptive Gauss-Kronrod quadrature to 1e-11.
+def effective_time(rates: Callable[[float], Any], time: float) -> Float[np.ndarray, "*shape"]:
+    """`int_0^t E(s) ds` for rates that vary, by adaptive Gauss-Kronrod quadrature to 1e-11.
 
     Raises `ValueError` where the quadrature does not get there, as with rates that jump or oscillate often.
     """
