@@ -15,7 +15,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -61,7 +61,7 @@ class Run:
             self._adopt_config()
             _drop_torn_line(self.path / "metrics.jsonl")
             _drop_torn_line(self.path / "environment.jsonl")
-            _append_line(self.path / "environment.jsonl", environment())
+            append_line(self.path / "environment.jsonl", environment())
         except OSError as error:
             raise OSError(
                 f"the run directory {self.path} cannot be used ({error}); choose one that can be made and written."
@@ -72,7 +72,7 @@ class Run:
 
     def log(self, **metrics: Any) -> None:
         """Append a line to metrics.jsonl; it is on its way to the disk when this returns."""
-        _append_line(self.path / "metrics.jsonl", metrics)
+        append_line(self.path / "metrics.jsonl", metrics)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read all logged lines, those of earlier starts first."""
@@ -251,10 +251,17 @@ def _write_json(path: Path, obj: Any) -> None:
         file.write(text.encode())
 
 
-def _append_line(path: Path, obj: Any) -> None:
+def append_line(path: Path, obj: Any) -> None:
+    """Append one object to a file of JSON lines."""
     line = json.dumps(_jsonable(obj, path.stem)) + "\n"
     with open(path, "a") as file:
         file.write(line)
+
+
+def rewrite_lines(path: Path, objects: Sequence[Any]) -> None:
+    """Write a file of JSON lines anew, at once."""
+    with _replacing(path) as file:
+        file.write("".join(json.dumps(_jsonable(obj, path.stem)) + "\n" for obj in objects).encode())
 
 
 def _drop_torn_line(path: Path) -> None:

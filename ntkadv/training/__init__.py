@@ -1,0 +1,20 @@
+"""Training of finite networks: the loop, one method a file, linearised networks, gradient flow."""
+
+from ntkadv.training.attack_flow import AttackFlowTraining, attack_flow
+from ntkadv.training.loop import DivergenceError, TrainedNetwork, train
+from ntkadv.training.method import Batch, Method, TrainState
+from ntkadv.training.pgd import PGDTraining
+from ntkadv.training.standard import StandardTraining
+
+__all__ = [
+    "AttackFlowTraining",
+    "Batch",
+    "DivergenceError",
+    "Method",
+    "PGDTraining",
+    "StandardTraining",
+    "TrainState",
+    "TrainedNetwork",
+    "attack_flow",
+    "train",
+]
