@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -217,17 +217,17 @@ class _Loop:
         """Make steps up to `goal`, or to the first whose loss is not finite: the state, the step, whether all were."""
         static = (self.f, self.optimizer, self.method, self.batch_size)
         state, reached, loss = _advance(
-            *static, state, jnp.int32(step), jnp.int32(goal), self.arrays, self.key, self.time_step
+            *static, state, jnp.int32(step), jnp.int32(goal), self.arrays, self.key, jnp.float32(self.time_step)
         )
         return state, int(reached), bool(jnp.isfinite(loss))
 
     def loss(self, state: TrainState, step: int) -> float:
         """Give the loss that the next update would start from."""
         static = (self.f, self.optimizer, self.method, self.batch_size)
-        return float(_loss(*static, state, jnp.int32(step), self.arrays, self.key, self.time_step))
+        return float(_loss(*static, state, jnp.int32(step), self.arrays, self.key, jnp.float32(self.time_step)))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@eqx.filter_jit
 def _advance(f, optimizer, method, batch_size, state, step, goal, arrays, key, time_step):
     def unfinished(carry):
         _, step, loss = carry
@@ -242,7 +242,7 @@ def _advance(f, optimizer, method, batch_size, state, step, goal, arrays, key, t
     return jax.lax.while_loop(unfinished, body, (state, step, jnp.float32(0)))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@eqx.filter_jit
 def _loss(f, optimizer, method, batch_size, state, step, arrays, key, time_step):
     batch = _batch(arrays, key, step, batch_size, time_step)
     return method.update(f, optimizer, state, batch)[1]["loss"]
@@ -253,7 +253,7 @@ def _batch(arrays: tuple[Array, Array, Array], key: Array, step: Array, size: in
     n = len(x)
     place_key, attack_key = jax.random.split(jax.random.fold_in(key, step))
     keys = sample_keys(attack_key, size)
-    time_now = step.astype(x.dtype) * jnp.asarray(time_step, x.dtype)
+    time_now = step.astype(x.dtype) * time_step.astype(x.dtype)
     if size == n:
         return Batch(x, labels, targets, jnp.arange(n), keys, time_now, 1.0)
     places = jax.random.choice(place_key, n, (size,), replace=False)
