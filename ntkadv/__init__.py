@@ -4,7 +4,7 @@ The rooms: `architectures` (one definition, finite network and infinite-width ke
 `dynamics` (closed forms), `attacks`, `adv_ntk`, `evaluation`, `runs` and `plots`. See the README for the whole house.
 """
 
-from ntkadv import architectures, attacks, dynamics, kernels, plots, runs
+from ntkadv import architectures, attacks, dynamics, kernels, plots, runs, training
 from ntkadv.adv_ntk import AdvNTKFit, fit_adv_ntk
 from ntkadv.curves import AccuracyCurves, accuracy_curves
 from ntkadv.data import Dataset, DatasetNotFoundError, load_dataset, targets
@@ -16,6 +16,7 @@ from ntkadv.runs import package_version
 from ntkadv.selection import RobustnessPath, robustness_path
 from ntkadv.statistics import McNemar, mcnemar, wilson_interval
 from ntkadv.transfer import TransferMatrix, transfer
+from ntkadv.wide import WideNetwork
 
 __version__ = package_version("ntkadv")
 
@@ -32,6 +33,7 @@ __all__ = [
     "RobustnessPath",
     "TrainingDynamics",
     "TransferMatrix",
+    "WideNetwork",
     "accuracy_curves",
     "architectures",
     "attacks",
@@ -47,6 +49,7 @@ __all__ = [
     "robustness_path",
     "runs",
     "targets",
+    "training",
     "transfer",
     "wilson_interval",
 ]

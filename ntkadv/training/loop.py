@@ -363,7 +363,8 @@ class _Keeper:
         return {
             "parameters": [[str(leaf.dtype), *map(int, np.shape(leaf))] for leaf in map(jnp.asarray, leaves)],
             "structure": str(structure),
-            "method": re.sub(r" at 0x[0-9a-f]+", "", repr(self.run.method)),
+            "network": _plain(self.run.f),
+            "method": _plain(self.run.method),
             "batch_size": self.run.batch_size,
             "time_step": self.run.time_step,
             "images": list(map(int, self.run.arrays[0].shape)),
@@ -371,6 +372,11 @@ class _Keeper:
             "labels": int(np.asarray(self.run.arrays[1], np.int64) @ np.arange(1, len(self.run.arrays[1]) + 1)),
             "key": np.asarray(jax.random.key_data(self.run.key)).tolist(),
         }
+
+
+def _plain(value: Any) -> str:
+    """Describe a value alike in every process: without addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _network(
