@@ -14,7 +14,7 @@ from ntkadv.kernels import gram
 from ntkadv.predictors import KernelPredictor
 from ntkadv.runs import package_version
 from ntkadv.selection import RobustnessPath, robustness_path
-from ntkadv.statistics import McNemar, mcnemar, wilson_interval
+from ntkadv.statistics import McNemar, PowerLaw, mcnemar, power_law, wilson_interval
 from ntkadv.transfer import TransferMatrix, transfer
 from ntkadv.wide import WideNetwork
 
@@ -28,6 +28,7 @@ __all__ = [
     "Evaluation",
     "KernelPredictor",
     "McNemar",
+    "PowerLaw",
     "Report",
     "RidgeRegression",
     "RobustnessPath",
@@ -46,6 +47,7 @@ __all__ = [
     "load_dataset",
     "mcnemar",
     "plots",
+    "power_law",
     "robustness_path",
     "runs",
     "targets",

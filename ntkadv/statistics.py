@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import root_scalar
 from scipy.special import ndtri
-from scipy.stats import binomtest
+from scipy.stats import binomtest, linregress, t
 
 from ntkadv._checks import require_int, require_nonnegative, require_same_length
 
@@ -104,6 +104,52 @@ def mcnemar(
     p_value = float(binomtest(b, b + c, 0.5).pvalue) if b + c else 1.0
     z = _quantile(confidence)
     return McNemar(b, c, n, p_value, _tango_low(b, c, n, z), -_tango_low(c, b, n, z), confidence)
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerLaw:
+    """A power law through positive points, y = prefactor * x ** exponent, by least squares of the logarithms.
+
+    Attributes:
+        exponent: Slope of log y against log x.
+        low, high: Its interval, by Student's t.
+        prefactor: y at x = 1.
+        confidence: Level of the interval.
+    """
+
+    exponent: float
+    low: float
+    high: float
+    prefactor: float
+    confidence: float = 0.95
+
+    def __str__(self) -> str:
+        return f"{self.exponent:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+    def __call__(self, x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+        """Evaluate the law."""
+        return self.prefactor * np.asarray(x, float) ** self.exponent
+
+
+def power_law(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], confidence: float = 0.95) -> PowerLaw:
+    """Fit a power law, such as an error against the width; several points may share an x, as seeds do.
+
+    Raises:
+        ValueError: there are fewer than three points, all at one x, or one is not positive and finite.
+    """
+    require_confidence(confidence)
+    first, second = np.asarray(x, float), np.asarray(y, float)
+    require_same_length(x=first, y=second)
+    if len(first) < 3 or len(np.unique(first)) < 2:
+        raise ValueError(f"x must hold three points at least, at two places, got {first}.")
+    for name, values in (("x", first), ("y", second)):
+        if not np.all(np.isfinite(values) & (values > 0)):
+            raise ValueError(f"{name} must be positive and finite, got {values}.")
+    fit = linregress(np.log(first), np.log(second))
+    half = float(t.ppf((1 + confidence) / 2, len(first) - 2)) * fit.stderr
+    return PowerLaw(
+        float(fit.slope), float(fit.slope - half), float(fit.slope + half), float(np.exp(fit.intercept)), confidence
+    )
 
 
 def require_confidence(confidence: float) -> None:

@@ -9,7 +9,7 @@ import scipy.optimize
 import scipy.stats
 
 from ntkadv import evaluation, report
-from ntkadv.statistics import McNemar, mcnemar, wilson_interval, wilson_intervals
+from ntkadv.statistics import McNemar, mcnemar, power_law, wilson_interval, wilson_intervals
 
 
 def paired(both, only_first, only_second, neither):
@@ -133,3 +133,24 @@ def test_wrong_comparisons_are_refused(unchecked):
         mcnemar(np.ones(0, bool), np.ones(0, bool))
     with pytest.raises(ValueError, match="confidence must be below 1, got 95"):
         mcnemar(np.ones(3, bool), np.ones(3, bool), 95.0)
+
+
+def test_a_power_law_is_found_with_an_interval_that_holds_it_as_often_as_it_says():
+    x = np.array([64.0, 64, 128, 128, 256, 256, 512, 512])
+    exact = power_law(x, 3 * x**-0.5)
+    np.testing.assert_allclose(
+        [exact.exponent, exact.low, exact.high, exact.prefactor], [-0.5, -0.5, -0.5, 3], rtol=1e-6
+    )
+    np.testing.assert_allclose(exact(x), 3 * x**-0.5)
+    rng = np.random.default_rng(0)
+    laws = [power_law(x, 3 * x**-0.5 * np.exp(rng.normal(scale=0.2, size=len(x)))) for _ in range(500)]
+    covered = sum(law.low <= -0.5 <= law.high for law in laws)
+    assert 0.92 < covered / 500 < 0.98
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [([1.0, 2.0], [1.0, 2.0]), ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], [1.0, 0.0, 3.0])]
+)
+def test_a_power_law_needs_enough_positive_points(x, y):
+    with pytest.raises(ValueError, match="must"):
+        power_law(np.array(x), np.array(y))
