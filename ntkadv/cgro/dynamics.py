@@ -3,8 +3,9 @@ r"""Adversarial training of the two-layer CNN on patch data, by full-batch gradi
     L(W) = (1/N) sum_i [ lambda log(1 + e^{-y_i f(X_i)}) + (1 - lambda) log(1 + e^{-y_i f(X_i')}) ]
 
 Where the attack moves only the signal patch along w*, every filter stays
-w_r(0) + (u_r - u_r(0)) w* + sum_ij b_rij X_i[j] over the noise patches, and gradient descent is a recursion in u and b alone (written for s_i, s_i' the logistic weights
-of the clean and the attacked sample, divided by N, and a signal moved to c_i y_i w*):
+w_r(0) + (u_r - u_r(0)) w* + sum_ij b_rij X_i[j] over the noise patches, and gradient descent is a recursion in u and b
+alone (written for s_i, s_i' the logistic weights of the clean and the attacked sample, divided by N, and a signal moved
+to c_i y_i w*):
 
     u_r   <- u_r   + eta a_r sum_i [lambda s_i alpha act'(alpha y_i u_r) + (1 - lambda) s_i' c_i act'(c_i y_i u_r)]
     b_rij <- b_rij + eta a_r y_i [lambda s_i + (1 - lambda) s_i'] act'(v_rij),      v_r = v_r(0) + b_r G

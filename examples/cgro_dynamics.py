@@ -1,0 +1,343 @@
+"""Clean generalization and robust overfitting, watched as it happens: a two-layer CNN trained on patch data.
+
+1. Three phases: the signal is learnt, it stalls, the noise of every training sample is memorised. Figure and times.
+2. The result over seeds, in two settings: the theory's, where the attack moves the signal patch along w* (and test
+   samples fall to chance); and a real PGD on all patches, of larger noise, where they fall below it.
+3. When the phases end, against N, d, alpha, sigma, delta, lambda and width.
+4. Phase diagrams over (signal strength, radius) and over (N, d).
+5. The same data under the NTK: the kernel fitted to clean samples, to clean and attacked ones, and Adv-NTK.
+
+    python examples/cgro_dynamics.py
+    python examples/cgro_dynamics.py --activation cubic --output runs/cgro_cubic
+
+A run that was stopped goes on where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from jaxtyping import Array
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+import ntkadv as na
+from ntkadv import cgro
+from ntkadv.cgro import figures
+
+ACCURACIES = ("train_clean", "train_robust", "test_clean", "test_robust")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Clean generalization and robust overfitting on patch data."""
+
+    d: int = 1000
+    """Numbers in a patch; alpha = d^0.249, sigma = d^-0.509, delta = alpha (1 - 1 / (sqrt(d) log d))."""
+    n_train: int = 20
+    """Training samples N."""
+    n_test: int = 1000
+    """Test samples."""
+    patches: int = 2
+    """Patches P of an input; one of them carries the signal."""
+    width: int = 40
+    """Filters of the network."""
+    activation: Literal["relu", "cubic"] = "relu"
+    """ReLU^3 with fixed signs and symmetric filters, or the cube."""
+    init_std: float = 0.02
+    """Standard deviation of the filters' entries at the start."""
+    learning_rate: float = 0.02
+    """Step of gradient descent."""
+    steps: int = 120_000
+    """Steps of gradient descent."""
+    clean_weight: float = 0.5
+    """lambda, the weight of the clean loss."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of data and filters."""
+    pgd_seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs with PGD on all patches."""
+    pgd_noise: float = 3.6
+    """Norm of a noise patch in units of the signal, where the attack is PGD: it must not erase the noise as well."""
+    pgd_delta: float = 0.95
+    """Radius of PGD in units of the signal, in the l_2 norm of the whole input."""
+    pgd_steps: int = 1500
+    """Steps of gradient descent against PGD."""
+    sweeps: bool = True
+    """Make the table of transition times and the phase diagrams."""
+    grid: int = 8
+    """Points on each axis of the diagram over signal and radius; half as many over N and d."""
+    diagram_steps: int = 8000
+    """Steps of gradient descent in sweeps and diagrams, at a learning rate of 0.1."""
+    kernel: bool = True
+    """Fit the NTK to the same data."""
+    depth: int = 2
+    """Hidden layers of the kernel's network."""
+    fit_steps: int = 20
+    """Steps of Adv-NTK."""
+    output: Path = Path("runs/cgro_dynamics")
+    """Where results go."""
+    overwrite: bool = False
+    """Throw away results that are there."""
+
+
+def main(config: Config) -> None:
+    """Data in, figures out."""
+    console = Console()
+    scales = cgro.PatchScales()
+    theory = cgro.PatchDistribution.scaled(config.d, scales, num_patches=config.patches)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "overwrite")}
+    run = na.runs.Run(config.output, settings, overwrite=config.overwrite)
+    title = f"{config.activation}, d = {config.d}, N = {config.n_train}, m = {config.width}"
+    title += f", α = {theory.alpha:.2f}, |noise| = {theory.noise_norm:.2f}, δ/α = {scales.delta(config.d) / theory.alpha:.4f}"
+
+    console.print("three phases, and the result over seeds")
+    results = {"CNN, attack\nalong the signal": over_seeds(config, theory, scales.delta(config.d), title, run, console)}
+    results["CNN, PGD on\nall patches"] = against_pgd(config, run)
+    if config.kernel:
+        console.print("the same data under the NTK")
+        results |= under_the_ntk(config, theory, scales.delta(config.d), run)
+    run.save_json("accuracies", results)
+    run.figure(figures.cgro_bars(results, title=title), "accuracies")
+    console.print(table_of(results))
+    if config.sweeps:
+        console.print("transition times, and diagrams")
+        console.print(transition_table(config, run))
+        diagrams(config, theory, run, title)
+    console.print(f"Figures (PNG, PDF) and numbers (JSON): {config.output.resolve()}")
+
+
+def over_seeds(
+    config: Config, distribution: cgro.PatchDistribution, delta: float, title: str, run: na.runs.Run, console: Console
+) -> dict[str, list[float]]:
+    """Train with the attack along the signal from every seed; the first gives the figure."""
+    found: dict[str, list[float]] = {name: [] for name in ACCURACIES}
+    for seed in tqdm(config.seeds, desc="attack along the signal", leave=False):
+        trajectory = trained(config, distribution, cgro.SignalLine(delta), seed=seed)
+        times = cgro.phase_times(trajectory)
+        console.print(f"  seed {seed}: {described(times)}")
+        for name, value in trajectory.accuracies().items():
+            found[name].append(value)
+        if seed == config.seeds[0]:
+            run.figure(figures.three_phases(trajectory, times, title=title), "three_phases")
+            run.save("three_phases", steps=trajectory.steps, u=trajectory.u, U=trajectory.U, V=trajectory.V,
+                     signal_share=trajectory.signal_share, loss=trajectory.loss)  # fmt: skip
+    return found
+
+
+def against_pgd(config: Config, run: na.runs.Run) -> dict[str, list[float]]:
+    """Train with PGD on all patches, and judge by a stronger one; noise patches are longer than the signal."""
+    sigma = config.pgd_noise / np.sqrt(config.d - 1)
+    distribution = cgro.PatchDistribution(config.d, alpha=1.0, sigma=sigma, num_patches=config.patches)
+    judge = cgro.PatchPGD(config.pgd_delta, steps=50, step_size=config.pgd_delta / 10)
+
+    def compute(seed: int) -> dict[str, np.ndarray]:
+        attack = cgro.PatchPGD(config.pgd_delta, steps=5)
+        changes = {"steps": config.pgd_steps, "learning_rate": 0.1, "width": 20, "n_test": min(config.n_test, 300)}
+        small = dataclasses.replace(config, **changes)
+        trajectory = trained(small, distribution, attack, seed=seed, records=5)
+        data, test, _ = drawn(small, distribution, seed)
+        network, filters = trajectory.network, trajectory.filters
+        values = {}
+        for part, samples in (("train", data), ("test", test)):
+            attacked = judge.perturb(network, filters, samples)
+            for kind, x in (("clean", samples.x), ("robust", attacked)):
+                values[f"{part}_{kind}"] = np.mean(np.asarray(network.margins(filters, x, samples.y)) > 0)
+        return values
+
+    found: dict[str, list[float]] = {name: [] for name in ACCURACIES}
+    for seed in tqdm(config.pgd_seeds, desc="PGD on all patches", leave=False):
+        values = run.cached(f"pgd-{seed}", lambda seed=seed: compute(seed))
+        for name in ACCURACIES:
+            found[name].append(float(values[name]))
+    return found
+
+
+def under_the_ntk(
+    config: Config, distribution: cgro.PatchDistribution, delta: float, run: na.runs.Run
+) -> dict[str, dict[str, list[float]]]:
+    """Fit kernel predictors to the data of the first seed, as images, and attack them along the signal.
+
+    One affine map takes the data to [0, 1], with room for the attack, and the architecture takes off what it adds: the
+    kernel sees the data up to scale.
+    """
+    data, test, _ = drawn(config, distribution, config.seeds[0])
+    validation = distribution.sample(200, key=jax.random.key(1000))
+    images = cgro.to_images(data, test, validation, room=delta)
+    x_train, x_test, x_val = images.images
+    labels = [np.asarray(part.labels) for part in (data, test, validation)]
+    dataset = na.Dataset.from_arrays(
+        name="patches", x_train=x_train, y_train=labels[0], x_test=x_test, y_test=labels[1], x_val=x_val,
+        y_val=labels[2],
+    )  # fmt: skip
+    direction = np.zeros((distribution.num_patches, distribution.d))
+    direction[0] = np.asarray(data.w_star)
+    line = cgro.LineAttack(na.attacks.L2(delta * images.scale), direction=tuple(direction.ravel().tolist()), points=17)
+    arch = na.architectures.mlp(depth=config.depth, num_classes=2).normalized(x_train)
+    attacked = 0.5 + images.scale * np.asarray(cgro.linear_attack(data, delta))[..., None]
+    both = np.concatenate([x_train, attacked.astype(np.float32)])
+
+    def fit(x: np.ndarray) -> na.KernelPredictor:
+        y = np.tile(dataset.targets_train, (len(x) // len(x_train), 1))
+        return na.TrainingDynamics(arch, x, y, progress=False).predictor(np.inf)
+
+    def adversarially(key: Array) -> Any:
+        return na.fit_adv_ntk(
+            arch, dataset, attack=line, key=key, steps=config.fit_steps, learning_rate=np.sqrt(len(x_train)),
+            held_out=0.25, checkpoint=run.checkpoint("adv_ntk"),
+        ).predictor  # fmt: skip
+
+    models = {
+        "NTK,\nclean": fit(x_train),
+        "NTK, clean\nand attacked": fit(both),
+        "Adv-NTK": adversarially(jax.random.key(config.seeds[0])),
+    }
+    everything, answers = np.concatenate([x_train, x_test]), np.concatenate(labels[:2])
+    found = {}
+    for name, model in models.items():
+        points = line(model, everything, answers, key=jax.random.key(0), batch_size=256)
+        right = {
+            kind: np.argmax(np.asarray(model(x)), axis=1) == answers
+            for kind, x in (("clean", everything), ("robust", points))
+        }
+        found[name] = {
+            f"{part}_{kind}": [float(np.mean(right[kind][where]))]
+            for part, where in (("train", slice(len(x_train))), ("test", slice(len(x_train), None)))
+            for kind in ("clean", "robust")
+        }
+    return found
+
+
+def transition_table(config: Config, run: na.runs.Run) -> Table:
+    """Transition times of single runs, each of seven settings varied alone."""
+    base = dataclasses.replace(config, steps=2 * config.diagram_steps, learning_rate=0.1, n_test=400)
+    scales = cgro.PatchScales()
+    theory = cgro.PatchDistribution.scaled(config.d, scales, num_patches=config.patches)
+    alpha, delta = theory.alpha, scales.delta(config.d)
+    cases: list[tuple[str, str, dict[str, Any], cgro.PatchDistribution, float]] = []
+    cases.append(("as above", "", {}, theory, delta))
+    for n in (10, 40):
+        cases.append(("N", str(n), {"n_train": n}, theory, delta))
+    for d in (config.d // 4, 2 * config.d):
+        here = cgro.PatchDistribution.scaled(d, scales, num_patches=config.patches)
+        cases.append(("d", str(d), {"d": d}, here, scales.delta(d)))
+    for factor in (0.25, 0.5):
+        here = dataclasses.replace(theory, alpha=factor * alpha)
+        cases.append(("alpha", f"{factor * alpha:.2f}", {}, here, factor * delta))
+    for factor in (0.5, 2.0):
+        here = dataclasses.replace(theory, sigma=factor * theory.sigma)
+        cases.append(("sigma", f"{here.sigma:.3f}", {}, here, delta))
+    for ratio in (0.5, 0.9):
+        cases.append(("delta / alpha", f"{ratio}", {}, theory, ratio * alpha))
+    for weight in (0.01, 0.9):
+        cases.append(("lambda", f"{weight}", {"clean_weight": weight}, theory, delta))
+    for width in (10, 80):
+        cases.append(("width", str(width), {"width": width}, theory, delta))
+
+    table = Table(title="Steps at which the phases end (learning rate 0.1)")
+    for head in ("varied", "value", "I: signal learnt", "II: noise leads", "III: memorised", "train / test robust"):
+        table.add_column(head)
+    lines = []
+    for name, value, changes, distribution, radius in tqdm(cases, desc="transition times", leave=False):
+        trajectory = trained(
+            dataclasses.replace(base, **changes), distribution, cgro.SignalLine(radius), seed=config.seeds[0]
+        )
+        times, accuracies = cgro.phase_times(trajectory), trajectory.accuracies()
+        lines.append({"varied": name, "value": value, **dataclasses.asdict(times), **accuracies})
+        ends = ["—" if end is None else str(end) for end in (times.signal_learnt, times.noise_leads, times.memorised)]
+        robust = f"{accuracies['train_robust']:.2f} / {accuracies['test_robust']:.2f}"
+        marks = [f"{end} (absent)" if part in times.absent else end for part, end in zip(("I", "II", "III"), ends)]
+        table.add_row(name, value, *marks, robust)
+    run.save_json("transitions", lines)
+    return table
+
+
+def diagrams(config: Config, distribution: cgro.PatchDistribution, run: na.runs.Run, title: str) -> None:
+    """Where CGRO holds, over signal strength and radius, and over N and d."""
+    network = network_of(config)
+    ratios = np.concatenate([[0.0], 1 - np.geomspace(0.5, 0.005, config.grid - 1)])
+    signals = np.geomspace(0.25, 8, config.grid)
+    settings: dict[str, Any] = {"steps": config.diagram_steps, "learning_rate": 0.1, "init_std": config.init_std}
+    settings |= {"key": jax.random.key(0), "clean_weight": config.clean_weight, "n_test": 300}
+    grid = cgro.phase_diagram(
+        network, distribution, signals=signals, ratios=ratios, n=config.n_train, seeds=2, **settings
+    )
+    run.save("diagram", signals=signals, ratios=ratios, **grid.accuracies)
+    run.figure(figures.phase_diagram(grid, title=title), "diagram")
+
+    counts = [5 * 2**i for i in range(config.grid // 2)]
+    dimensions = [30 * 5**i for i in range(config.grid // 2)] if config.grid < 8 else [10, 50, 250, 1250]
+    shape = (len(counts), len(dimensions))
+    accuracies = {name: np.zeros(shape) for name in ACCURACIES}
+    scales = cgro.PatchScales()
+    for i, n in enumerate(tqdm(counts, desc="N and d", leave=False)):
+        for j, d in enumerate(dimensions):
+            here = cgro.PatchDistribution.scaled(d, scales, num_patches=config.patches)
+            one = cgro.phase_diagram(
+                network, here, signals=[here.alpha], ratios=[scales.delta(d) / here.alpha], n=n, seeds=4,
+                progress=False, **settings,
+            )  # fmt: skip
+            for name, values in one.accuracies.items():
+                accuracies[name][i, j] = values[0, 0]
+    holds = cgro.is_cgro(accuracies)
+    run.save("counts", counts=np.array(counts), dimensions=np.array(dimensions), holds=holds, **accuracies)
+    run.figure(figures.count_diagram(counts, dimensions, accuracies, holds, title=title.split(", d =")[0]), "counts")
+
+
+def network_of(config: Config) -> cgro.PatchNetwork:
+    """Build the network of a configuration."""
+    return cgro.PatchNetwork(width=config.width, activation=config.activation)
+
+
+def drawn(
+    config: Config, distribution: cgro.PatchDistribution, seed: int
+) -> tuple[cgro.PatchData, cgro.PatchData, Array]:
+    """Training data, test data and filters of a seed."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    filters = network_of(config).init(keys[2], distribution.d, std=config.init_std)
+    return distribution.sample(config.n_train, key=keys[0]), distribution.sample(config.n_test, key=keys[1]), filters
+
+
+def trained(
+    config: Config, distribution: cgro.PatchDistribution, attack: cgro.Adversary, *, seed: int, records: int = 200
+) -> cgro.Trajectory:
+    """Train from a seed."""
+    data, test, filters = drawn(config, distribution, seed)
+    return cgro.train(
+        network_of(config), data, test=test, filters=filters, attack=attack, steps=config.steps,
+        learning_rate=config.learning_rate, clean_weight=config.clean_weight, records=records,
+    )  # fmt: skip
+
+
+def described(times: cgro.PhaseTimes) -> str:
+    """Say when the phases end."""
+    ends = (("I", times.signal_learnt), ("II", times.noise_leads), ("III", times.memorised))
+    said = [f"{name} ends at {end}" for name, end in ends if name not in times.absent]
+    return "; ".join([*said, *(f"{name} is absent: {why}" for name, why in times.absent.items())])
+
+
+def table_of(results: dict[str, dict[str, list[float]]]) -> Table:
+    """Mean and range over seeds."""
+    table = Table(title="Accuracies, mean over seeds [smallest, largest]")
+    table.add_column("model")
+    for name in ACCURACIES:
+        table.add_column(name.replace("_", ", "))
+    for model, values in results.items():
+        cells = [f"{np.mean(values[n]):.3f} [{np.min(values[n]):.3f}, {np.max(values[n]):.3f}]" for n in ACCURACIES]
+        table.add_row(model.replace("\n", " "), *cells)
+    return table
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command goes on from here.")
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,177 @@
+"""Figures of the CGRO laboratory: each takes what was measured and returns a matplotlib `Figure`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from ntkadv.cgro.dynamics import Trajectory
+from ntkadv.cgro.phases import PhaseTimes
+from ntkadv.cgro.sweeps import PhaseDiagram
+from ntkadv.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION
+
+__all__ = ["cgro_bars", "count_diagram", "phase_diagram", "three_phases"]
+
+NAMES = {
+    "train_clean": ("train, clean", BLUE, "-"),
+    "train_robust": ("train, robust", VERMILION, "--"),
+    "test_clean": ("test, clean", GREEN, "-."),
+    "test_robust": ("test, robust", PURPLE, ":"),
+}
+"""Label, colour and line of each accuracy."""
+
+
+def three_phases(run: Trajectory, times: PhaseTimes, *, title: str = "") -> Figure:
+    """Draw signal and noise parts of the margins, the shares of the gradient, and accuracies, with the transitions.
+
+    Args:
+        run: a training run, recorded at logarithmic steps.
+        times: its phases.
+        title: above it all.
+    """
+    figure = Figure(figsize=(7.2, 8.0), layout="constrained")
+    margins, shares, accuracy = figure.subplots(3, 1, sharex=True)
+    steps = np.maximum(run.steps, 1)
+    power = run.network.power
+    clean = run.alpha**power * run.U.min(axis=1)
+    left = (run.alpha - run.delta) ** power * run.U.min(axis=1)
+    noise = np.abs(run.V)
+    margins.plot(steps, _visible(clean), "-", color=BLUE, label=r"signal, clean: $\alpha^q U$")
+    margins.plot(steps, _visible(left), "-.", color=GREEN, label=r"signal, attacked: $(\alpha-\delta)^q U$")
+    margins.plot(steps, np.median(run.V, axis=1), "--", color=VERMILION, label=r"noise: median $V_i$")
+    margins.fill_between(
+        steps, noise.min(axis=1), noise.max(axis=1), color=VERMILION, alpha=0.15, linewidth=0, label=r"range of $|V_i|$"
+    )
+    margins.set_yscale("log")
+    _finish(margins, "part of the margin")
+    shares.plot(steps, run.signal_share, "-", color=BLUE, label="signal")
+    shares.plot(steps, 1 - run.signal_share, "--", color=VERMILION, label="noise")
+    _finish(shares, "share of the squared\ngradient norm")
+    values = [run.accuracies(i) for i in range(len(run.steps))]
+    for name, (label, colour, line) in NAMES.items():
+        accuracy.plot(steps, [value[name] for value in values], line, color=colour, label=label)
+    accuracy.axhline(0.5, color="black", linewidth=0.8, alpha=0.5)
+    accuracy.set_ylim(-0.02, 1.04)
+    _finish(accuracy, "accuracy")
+    accuracy.set_xlabel("step of gradient descent")
+    accuracy.set_xscale("log")
+    _mark(margins, shares, accuracy, times, float(steps[-1]))
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def phase_diagram(diagram: PhaseDiagram, *, title: str = "") -> Figure:
+    """Draw the four accuracies over signal strength and radius, and where they make CGRO (hatched)."""
+    figure = Figure(figsize=(8.6, 7.0), layout="constrained")
+    grid = figure.subplots(2, 2, sharex=True, sharey=True)
+    holds = diagram.holds()
+    for axes, (name, (label, _, _)) in zip(grid.ravel(), NAMES.items(), strict=True):
+        image = axes.imshow(diagram.accuracies[name].T, origin="lower", cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        axes.set_title(label, fontsize=10)
+        _ticks(axes, diagram.signals, diagram.ratios)
+        _hatch(axes, holds.T)
+    for axes in grid[1]:
+        axes.set_xlabel(r"signal strength $\alpha$ (noise patch: norm " + f"{diagram.noise_norm:.2g})")
+    for axes in grid[:, 0]:
+        axes.set_ylabel(r"radius of the attack, $\delta/\alpha$")
+    figure.colorbar(image, ax=grid, label=f"accuracy, mean of {diagram.seeds} runs", shrink=0.8)
+    figure.suptitle(f"{title}\nhatched: clean generalization and robust overfitting", fontsize=11)
+    return figure
+
+
+def count_diagram(
+    counts: Sequence[int],
+    dimensions: Sequence[int],
+    accuracies: Mapping[str, np.ndarray],
+    holds: np.ndarray,
+    *,
+    title: str = "",
+) -> Figure:
+    """Draw robust accuracy on training and on test samples over N and d.
+
+    Args:
+        counts: numbers of training samples N, `(A,)`.
+        dimensions: dimensions d of a patch, `(B,)`.
+        accuracies: `train_robust`, `test_clean` and `test_robust`, each `(A, B)`.
+        holds: where clean generalization goes with robust overfitting, `(A, B)`.
+        title: above it all.
+    """
+    figure = Figure(figsize=(10.0, 3.8), layout="constrained")
+    row = figure.subplots(1, 3, sharey=True)
+    for axes, name in zip(row, ("train_robust", "test_clean", "test_robust"), strict=True):
+        image = axes.imshow(accuracies[name].T, origin="lower", cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        axes.set_title(NAMES[name][0], fontsize=10)
+        _ticks(axes, counts, dimensions)
+        _hatch(axes, holds.T)
+        axes.set_xlabel("training samples N")
+    row[0].set_ylabel("dimension of a patch, d")
+    figure.colorbar(image, ax=row, label="accuracy")
+    figure.suptitle(f"{title}\nhatched: clean generalization and robust overfitting", fontsize=11)
+    return figure
+
+
+def cgro_bars(groups: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]], *, title: str = "") -> Figure:
+    """Draw the four accuracies of several models, mean over seeds with each seed as a point.
+
+    Args:
+        groups: for each model, `train_clean`, `train_robust`, `test_clean` and `test_robust`, one number a seed.
+        title: above the axes.
+    """
+    figure = Figure(figsize=(2.6 + 1.55 * len(groups), 4.2), layout="constrained")
+    axes = figure.subplots()
+    for offset, (name, (label, colour, _)) in enumerate(NAMES.items()):
+        places = np.arange(len(groups)) + 0.2 * (offset - 1.5)
+        values = [np.asarray(model[name], float) for model in groups.values()]
+        axes.bar(places, [v.mean() for v in values], width=0.18, color=colour, alpha=0.75, label=label)
+        for place, seeds in zip(places, values, strict=True):
+            axes.plot(np.full(seeds.size, place), seeds, ".", color="black", markersize=3)
+    axes.axhline(0.5, color="black", linewidth=0.8, linestyle="--", alpha=0.6)
+    axes.set_xticks(range(len(groups)), list(groups), fontsize=9)
+    axes.set_ylim(0, 1.04)
+    _finish(axes, "accuracy", legend=False)
+    axes.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _mark(margins: Axes, shares: Axes, accuracy: Axes, times: PhaseTimes, last: float) -> None:
+    """Draw the transitions into all axes, and name the phases above the first."""
+    ends = [times.signal_learnt, times.noise_leads, times.memorised]
+    for axes in (margins, shares, accuracy):
+        for end in ends:
+            if end is not None:
+                axes.axvline(max(end, 1), color="black", linewidth=0.8, linestyle="--", alpha=0.7)
+    begin = 1.0
+    for name, end in zip(("I", "II", "III"), ends, strict=True):
+        if name not in times.absent and end is not None:
+            middle = np.sqrt(begin * max(end, 1))
+            margins.text(middle, 1.02, name, transform=margins.get_xaxis_transform(), ha="center", fontsize=11)
+        begin = float(max(end or begin, 1))
+    margins.set_xlim(1, last)
+
+
+def _visible(values: np.ndarray) -> np.ndarray:
+    return np.where(values > 0, values, np.nan)
+
+
+def _ticks(axes: Axes, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> None:
+    axes.set_xticks(range(len(x)), [f"{value:.3g}" for value in x], fontsize=8)
+    axes.set_yticks(range(len(y)), [f"{value:.4g}" for value in y], fontsize=8)
+
+
+def _hatch(axes: Axes, holds: np.ndarray) -> None:
+    for row, column in np.argwhere(holds):
+        cell = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="///", edgecolor=ORANGE, linewidth=0.0)
+        axes.add_patch(cell)
+
+
+def _finish(axes: Axes, y: str, *, legend: bool = True) -> None:
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if legend:
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
