@@ -125,8 +125,8 @@ def main(config: Config) -> None:
     units = {"NTK": "training time t", **dict.fromkeys(trained, "step of Adam")}
     run.figure(plots.learning(shares, bands, units=units, title=title), "learning")
     for name, (when, values) in shares.items():
-        half = [float(when[np.argmax(row >= 0.5)]) if row.max() >= 0.5 else np.inf for row in values.T]
-        console.print(f"{name}, {units[name]} at which half of a band is learnt: {', '.join(f'{t:.3g}' for t in half)}")
+        halves = ", ".join(f"{half_of(when, row):.3g}" for row in values.T)
+        console.print(f"{name}, {units[name]} at which half of a band is learnt: {halves}")
 
     console.print("transfer")
     cut = min(config.cut, size - 1)
@@ -179,7 +179,7 @@ def table_of(measured: dict[str, FeatureRobustness]) -> Table:
             largest, smallest = result.eigenvalues[i]
             table.add_row(
                 str(stop) if stop == start + 1 else f"{start + 1}-{stop}",
-                f"{largest:.3g}" if stop == start + 1 else f"{largest:.3g}-{smallest:.3g}",
+                f"{largest:.2g}" if stop == start + 1 else f"{largest:.2g}-{smallest:.2g}",
                 f"{result.energy[i]:.4f}",
                 f"{result.accuracy[i]:.3f}",
                 f"{result.robust_accuracy[i]:.3f}",
@@ -201,9 +201,17 @@ def order_of(single: FeatureRobustness) -> str:
         robust = int(np.sum(single.robust_usefulness[chosen] > 0))
         lines.append(
             f"{name}: {chosen.sum()} features, of which {robust} stay useful under attack; rank correlation of index "
-            f"and robust usefulness {found.statistic:+.2f} (p = {found.pvalue:.1g})"
+            f"and robust usefulness {found.statistic:+.2f}"
         )
     return "\n".join(lines)
+
+
+def half_of(times: np.ndarray, shares: np.ndarray) -> float:
+    """Find when half is learnt for the first time, between two looks on a straight line; infinity for never."""
+    j = int(np.argmax(shares >= 0.5))
+    if j == 0:
+        return float(times[0]) if shares[0] >= 0.5 else float("inf")
+    return float(times[j - 1] + (0.5 - shares[j - 1]) / (shares[j] - shares[j - 1]) * (times[j] - times[j - 1]))
 
 
 def network(

@@ -140,7 +140,7 @@ def eigenfeatures(
     gradients: Float[np.ndarray, "k h w c"], numbers: Sequence[int], eigenvalues: Sequence[float], *, title: str = ""
 ) -> Figure:
     """Show gradients of features with respect to the image, each scaled to its largest entry."""
-    figure = Figure(figsize=(1.3 * len(gradients), 2.1), layout="constrained")
+    figure = Figure(figsize=(1.3 * len(gradients), 1.95), layout="constrained")
     grid: Any = figure.subplots(1, len(gradients), squeeze=False)[0]
     for axes, gradient, k, value in zip(grid, gradients, numbers, eigenvalues, strict=True):
         _show_signed(axes, gradient / max(float(np.abs(gradient).max()), 1e-30))
