@@ -94,7 +94,7 @@ def over_time(
             chosen, color="black", linewidth=0.9, linestyle="-.", label=f"chosen on validation: t = {chosen:.2g}"
         )
     axes.set_xscale("log")
-    _finish(axes, label, f"accuracy on {path.n} images, 95% bands", title)
+    finish(axes, label, f"accuracy on {path.n} images, 95% bands", title)
     axes.set_ylim(0, 1.02)
     return figure
 
@@ -111,7 +111,7 @@ def adv_ntk_progress(history: Sequence[Mapping[str, Any]], *, step: int | None =
     left, right = figure.subplots(1, 2)
     steps = [entry["step"] for entry in history]
     left.plot(steps, [entry["loss"] for entry in history], color=BLUE, marker="o", markersize=3)
-    _finish(left, "step", r"loss on the attacked batch, mean $\frac{1}{2}|f-y|^2$", "", legend=False)
+    finish(left, "step", r"loss on the attacked batch, mean $\frac{1}{2}|f-y|^2$", "", legend=False)
     right.plot(
         steps,
         [entry["robust_accuracy"] for entry in history],
@@ -127,7 +127,7 @@ def adv_ntk_progress(history: Sequence[Mapping[str, Any]], *, step: int | None =
     for axes in (left, right):
         if step is not None:
             axes.axvline(step, color="black", linewidth=0.9, linestyle="-.", label=f"kept: step {step}")
-    _finish(right, "step", "robust accuracy", "")
+    finish(right, "step", "robust accuracy", "")
     right.set_ylim(0, 1.02)
     figure.suptitle(title, fontsize=11)
     return figure
@@ -156,7 +156,7 @@ def robustness(report: Report, *, title: str = "") -> Figure:
             label=column,
         )
     axes.set_xticks(np.arange(len(models)), models)
-    _finish(axes, "", f"accuracy, n = {report.n}, {100 * report.confidence:g}% intervals", title, legend=False)
+    finish(axes, "", f"accuracy, n = {report.n}, {100 * report.confidence:g}% intervals", title, legend=False)
     axes.set_ylim(-0.02, 1.02)
     _legend_beside(axes)
     return figure
@@ -181,7 +181,7 @@ def accuracy_curves(curves: AccuracyCurves, *, title: str = "") -> Figure:
             markersize=7 if marker in "PX*" else 5,
             label=model,
         )
-    _finish(
+    finish(
         axes,
         f"radius eps of the {curves.attack['norm']} ball, pixels in [0, 1]",
         f"robust accuracy on {curves.n} images, {100 * curves.confidence:g}% bands",
@@ -259,7 +259,8 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _finish(axes: Axes, x: str, y: str, title: str, *, legend: bool = True) -> None:
+def finish(axes: Axes, x: str, y: str, title: str, *, legend: bool = True) -> None:
+    """Label axes, in the style of all figures."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title, fontsize=11)
