@@ -2,20 +2,31 @@
 
 Training dynamics: `patches` (data with one signal patch), `network` (two-layer CNN), `adversaries`, `dynamics`
 (gradient descent and what is tracked), `phases` (transition times), `sweeps` (phase diagrams), `line_attack` (the
-theory's attack on any model).
+theory's attack on any model). Representation: `representation` (the classifier of the theorem as a ReLU network),
+`judgement` (its robustness, by attacks and by construction). Figures are in `figures`.
 """
 
 from ntkadv.cgro.adversaries import Adversary, FixedLinear, PatchPGD, SignalLine
 from ntkadv.cgro.dynamics import Trajectory, train
+from ntkadv.cgro.judgement import CGROJudgement, judge_cgro_classifier, small_margin
 from ntkadv.cgro.line_attack import LineAttack
 from ntkadv.cgro.network import ACTIVATIONS, PatchNetwork
 from ntkadv.cgro.patches import PatchData, PatchDistribution, PatchImages, PatchScales, linear_attack, to_images
 from ntkadv.cgro.phases import PhaseTimes, phase_times
+from ntkadv.cgro.representation import (
+    CGROClassifier,
+    build_cgro_classifier,
+    class_distance,
+    parameter_bound,
+    parameter_counts,
+)
 from ntkadv.cgro.sweeps import PhaseDiagram, is_cgro, phase_diagram
 
 __all__ = [
     "ACTIVATIONS",
     "Adversary",
+    "CGROClassifier",
+    "CGROJudgement",
     "FixedLinear",
     "LineAttack",
     "PatchData",
@@ -28,10 +39,16 @@ __all__ = [
     "PhaseTimes",
     "SignalLine",
     "Trajectory",
+    "build_cgro_classifier",
+    "class_distance",
     "is_cgro",
+    "judge_cgro_classifier",
     "linear_attack",
+    "parameter_bound",
+    "parameter_counts",
     "phase_diagram",
     "phase_times",
+    "small_margin",
     "to_images",
     "train",
 ]

@@ -14,7 +14,7 @@ from ntkadv.cgro.phases import PhaseTimes
 from ntkadv.cgro.sweeps import PhaseDiagram
 from ntkadv.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION
 
-__all__ = ["cgro_bars", "count_diagram", "phase_diagram", "three_phases"]
+__all__ = ["cgro_bars", "count_diagram", "parameters", "phase_diagram", "robust_accuracy_by_radius", "three_phases"]
 
 NAMES = {
     "train_clean": ("train, clean", BLUE, "-"),
@@ -135,6 +135,62 @@ def cgro_bars(groups: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]], 
     _finish(axes, "accuracy", legend=False)
     axes.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def parameters(
+    counts: Sequence[int], built: Sequence[int], bound: Sequence[int], clean: int, *, title: str = ""
+) -> Figure:
+    """Draw the parameters of the CGRO classifier against the number of memorised images, and the bound linear in it.
+
+    Args:
+        counts: memorised images.
+        built: parameters of the network for each, without the clean classifier.
+        bound: what they cannot exceed.
+        clean: parameters of the clean classifier; 0 leaves them out.
+        title: above the axes.
+    """
+    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(counts, built, "-", color=BLUE, marker="o", markersize=4, label="network as built")
+    axes.plot(counts, bound, "--", color=VERMILION, label=r"bound, $10\,N D + O(N c)$")
+    if clean:
+        axes.axhline(clean, color=GREEN, linestyle="-.", label="clean classifier")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("memorised images N")
+    _finish(axes, "parameters", legend=False)
+    axes.legend(fontsize=8, frameon=False)
+    axes.set_title(title, fontsize=11)
+    return figure
+
+
+def robust_accuracy_by_radius(
+    radii: Sequence[float] | np.ndarray,
+    curves: Mapping[str, Sequence[float] | np.ndarray],
+    delta: float,
+    *,
+    title: str = "",
+) -> Figure:
+    """Draw accuracy under attack against its radius, one curve for each way of attacking or part of the data.
+
+    Args:
+        radii: of the attack.
+        curves: accuracies by name.
+        delta: radius of the memorised balls, marked.
+        title: above the axes.
+    """
+    figure = Figure(figsize=(7.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    styles = ((BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "D", "-."), (PURPLE, "^", ":"), (ORANGE, "v", "-"))
+    for (name, values), (colour, marker, line) in zip(curves.items(), styles, strict=False):
+        axes.plot(radii, values, line, color=colour, marker=marker, markersize=4, label=name)
+    axes.axvline(delta, color="black", linewidth=0.9, linestyle="--", alpha=0.7)
+    axes.text(delta, 1.03, "δ", transform=axes.get_xaxis_transform(), ha="center")
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("radius of the attack, l_inf")
+    _finish(axes, "accuracy")
+    axes.set_title(title, fontsize=11, pad=16)
     return figure
 
 
