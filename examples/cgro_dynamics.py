@@ -67,7 +67,10 @@ class Config:
     """Norm of a noise patch in units of the signal, where the attack is PGD: it must not erase the noise as well."""
     pgd_delta: float = 0.95
     """Radius of PGD in units of the signal, in the l_2 norm of the whole input."""
-    pgd_steps: int = 1500
+    pgd_width: int = 28
+    """Filters of the network trained against PGD: with fewer some samples are not memorised, with more the noise is
+    learnt before the signal."""
+    pgd_steps: int = 2000
     """Steps of gradient descent against PGD."""
     sweeps: bool = True
     """Make the table of transition times and the phase diagrams."""
@@ -79,8 +82,12 @@ class Config:
     """Fit the NTK to the same data."""
     depth: int = 2
     """Hidden layers of the kernel's network."""
+    kernel_seeds: tuple[int, ...] = (0, 1)
+    """Seeds of the data that the kernel is fitted to."""
     fit_steps: int = 20
     """Steps of Adv-NTK."""
+    fit_initial: float = 10.0
+    """Where Adv-NTK starts, in units of 1 / kernel: from 0 it does not find a robust network in so few steps."""
     output: Path = Path("runs/cgro_dynamics")
     """Where results go."""
     overwrite: bool = False
@@ -88,28 +95,31 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Data in, figures out."""
+    """Train, sweep, compare; figures out."""
     console = Console()
     scales = cgro.PatchScales()
     theory = cgro.PatchDistribution.scaled(config.d, scales, num_patches=config.patches)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "overwrite")}
     run = na.runs.Run(config.output, settings, overwrite=config.overwrite)
     title = f"{config.activation}, d = {config.d}, N = {config.n_train}, m = {config.width}"
-    title += f", α = {theory.alpha:.2f}, |noise| = {theory.noise_norm:.2f}, δ/α = {scales.delta(config.d) / theory.alpha:.4f}"
+    single = f"{title}, $\\alpha$ = {theory.alpha:.2f}, |noise| = {theory.noise_norm:.2f}, "
+    single += f"$\\delta/\\alpha$ = {scales.delta(config.d) / theory.alpha:.4f}"
 
     console.print("three phases, and the result over seeds")
-    results = {"CNN, attack\nalong the signal": over_seeds(config, theory, scales.delta(config.d), title, run, console)}
+    results = {
+        "CNN, attack\nalong the signal": over_seeds(config, theory, scales.delta(config.d), single, run, console)
+    }
     results["CNN, PGD on\nall patches"] = against_pgd(config, run)
     if config.kernel:
         console.print("the same data under the NTK")
         results |= under_the_ntk(config, theory, scales.delta(config.d), run)
     run.save_json("accuracies", results)
-    run.figure(figures.cgro_bars(results, title=title), "accuracies")
+    run.figure(figures.cgro_bars(results, title=single), "accuracies")
     console.print(table_of(results))
     if config.sweeps:
         console.print("transition times, and diagrams")
         console.print(transition_table(config, run))
-        diagrams(config, theory, run, title)
+        diagrams(config, theory, run)
     console.print(f"Figures (PNG, PDF) and numbers (JSON): {config.output.resolve()}")
 
 
@@ -139,7 +149,12 @@ def against_pgd(config: Config, run: na.runs.Run) -> dict[str, list[float]]:
 
     def compute(seed: int) -> dict[str, np.ndarray]:
         attack = cgro.PatchPGD(config.pgd_delta, steps=5)
-        changes = {"steps": config.pgd_steps, "learning_rate": 0.1, "width": 20, "n_test": min(config.n_test, 300)}
+        changes = {
+            "steps": config.pgd_steps,
+            "learning_rate": 0.1,
+            "width": config.pgd_width,
+            "n_test": min(config.n_test, 300),
+        }
         small = dataclasses.replace(config, **changes)
         trajectory = trained(small, distribution, attack, seed=seed, records=5)
         data, test, _ = drawn(small, distribution, seed)
@@ -162,12 +177,23 @@ def against_pgd(config: Config, run: na.runs.Run) -> dict[str, list[float]]:
 def under_the_ntk(
     config: Config, distribution: cgro.PatchDistribution, delta: float, run: na.runs.Run
 ) -> dict[str, dict[str, list[float]]]:
-    """Fit kernel predictors to the data of the first seed, as images, and attack them along the signal.
+    """Accuracies of kernel predictors over seeds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed in tqdm(config.kernel_seeds, desc="NTK", leave=False):
+        fit_kernels(config, distribution, delta, seed, run, found)
+    return found
+
+
+def fit_kernels(
+    config: Config, distribution: cgro.PatchDistribution, delta: float, seed: int, run: na.runs.Run,
+    found: dict[str, dict[str, list[float]]],
+) -> None:  # fmt: skip
+    """Fit kernel predictors to the data of a seed, as images, attack them along the signal, and note what is right.
 
     One affine map takes the data to [0, 1], with room for the attack, and the architecture takes off what it adds: the
     kernel sees the data up to scale.
     """
-    data, test, _ = drawn(config, distribution, config.seeds[0])
+    data, test, _ = drawn(dataclasses.replace(config, n_test=min(config.n_test, 300)), distribution, seed)
     validation = distribution.sample(200, key=jax.random.key(1000))
     images = cgro.to_images(data, test, validation, room=delta)
     x_train, x_test, x_val = images.images
@@ -190,28 +216,24 @@ def under_the_ntk(
     def adversarially(key: Array) -> Any:
         return na.fit_adv_ntk(
             arch, dataset, attack=line, key=key, steps=config.fit_steps, learning_rate=np.sqrt(len(x_train)),
-            held_out=0.25, checkpoint=run.checkpoint("adv_ntk"),
+            held_out=0.25, initial=config.fit_initial, checkpoint=run.checkpoint(f"adv_ntk-{seed}"), progress=False,
         ).predictor  # fmt: skip
 
     models = {
         "NTK,\nclean": fit(x_train),
         "NTK, clean\nand attacked": fit(both),
-        "Adv-NTK": adversarially(jax.random.key(config.seeds[0])),
+        "Adv-NTK": adversarially(jax.random.key(seed)),
     }
     everything, answers = np.concatenate([x_train, x_test]), np.concatenate(labels[:2])
-    found = {}
     for name, model in models.items():
         points = line(model, everything, answers, key=jax.random.key(0), batch_size=256)
         right = {
             kind: np.argmax(np.asarray(model(x)), axis=1) == answers
             for kind, x in (("clean", everything), ("robust", points))
         }
-        found[name] = {
-            f"{part}_{kind}": [float(np.mean(right[kind][where]))]
-            for part, where in (("train", slice(len(x_train))), ("test", slice(len(x_train), None)))
-            for kind in ("clean", "robust")
-        }
-    return found
+        for part, where in (("train", slice(len(x_train))), ("test", slice(len(x_train), None))):
+            for kind in ("clean", "robust"):
+                found.setdefault(name, {}).setdefault(f"{part}_{kind}", []).append(float(np.mean(right[kind][where])))
 
 
 def transition_table(config: Config, run: na.runs.Run) -> Table:
@@ -252,13 +274,14 @@ def transition_table(config: Config, run: na.runs.Run) -> Table:
         lines.append({"varied": name, "value": value, **dataclasses.asdict(times), **accuracies})
         ends = ["—" if end is None else str(end) for end in (times.signal_learnt, times.noise_leads, times.memorised)]
         robust = f"{accuracies['train_robust']:.2f} / {accuracies['test_robust']:.2f}"
-        marks = [f"{end} (absent)" if part in times.absent else end for part, end in zip(("I", "II", "III"), ends)]
+        phases = zip(("I", "II", "III"), ends, strict=True)
+        marks = [f"{end} (absent)" if part in times.absent else end for part, end in phases]
         table.add_row(name, value, *marks, robust)
     run.save_json("transitions", lines)
     return table
 
 
-def diagrams(config: Config, distribution: cgro.PatchDistribution, run: na.runs.Run, title: str) -> None:
+def diagrams(config: Config, distribution: cgro.PatchDistribution, run: na.runs.Run) -> None:
     """Where CGRO holds, over signal strength and radius, and over N and d."""
     network = network_of(config)
     ratios = np.concatenate([[0.0], 1 - np.geomspace(0.5, 0.005, config.grid - 1)])
@@ -269,7 +292,9 @@ def diagrams(config: Config, distribution: cgro.PatchDistribution, run: na.runs.
         network, distribution, signals=signals, ratios=ratios, n=config.n_train, seeds=2, **settings
     )
     run.save("diagram", signals=signals, ratios=ratios, **grid.accuracies)
-    run.figure(figures.phase_diagram(grid, title=title), "diagram")
+    run.figure(
+        figures.phase_diagram(grid, title=f"{config.activation}, d = {config.d}, N = {config.n_train}"), "diagram"
+    )
 
     counts = [5 * 2**i for i in range(config.grid // 2)]
     dimensions = [30 * 5**i for i in range(config.grid // 2)] if config.grid < 8 else [10, 50, 250, 1250]
@@ -287,7 +312,10 @@ def diagrams(config: Config, distribution: cgro.PatchDistribution, run: na.runs.
                 accuracies[name][i, j] = values[0, 0]
     holds = cgro.is_cgro(accuracies)
     run.save("counts", counts=np.array(counts), dimensions=np.array(dimensions), holds=holds, **accuracies)
-    run.figure(figures.count_diagram(counts, dimensions, accuracies, holds, title=title.split(", d =")[0]), "counts")
+    run.figure(
+        figures.count_diagram(counts, dimensions, accuracies, holds, title=f"{config.activation}, scales of theory"),
+        "counts",
+    )
 
 
 def network_of(config: Config) -> cgro.PatchNetwork:

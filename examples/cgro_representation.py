@@ -133,7 +133,7 @@ def judged(
     name: str, network: cgro.CGROClassifier, data: na.Dataset, eps: float, attacks: list[na.attacks.Attack],
     key: Array, run: na.runs.Run,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """What withstands what on training and on test images."""
+    """Judge a network on training and on test images."""
 
     def judge(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
         return vars(cgro.judge_cgro_classifier(network, x, y, eps=eps, attacks=attacks, key=key))

@@ -3,11 +3,13 @@
 Training dynamics: `patches` (data with one signal patch), `network` (two-layer CNN), `adversaries`, `dynamics`
 (gradient descent and what is tracked), `phases` (transition times), `sweeps` (phase diagrams), `line_attack` (the
 theory's attack on any model). Representation: `representation` (the classifier of the theorem as a ReLU network),
-`judgement` (its robustness, by attacks and by construction). Figures are in `figures`.
+`judgement` (its robustness, by attacks and by construction). Real images: `flatness` (of the loss landscape, on any
+predictor). Figures are in `figures`.
 """
 
 from ntkadv.cgro.adversaries import Adversary, FixedLinear, PatchPGD, SignalLine
 from ntkadv.cgro.dynamics import Trajectory, train
+from ntkadv.cgro.flatness import Flatness, FlatnessCurves, RankCorrelation, flatness_curves, rank_correlation
 from ntkadv.cgro.judgement import CGROJudgement, judge_cgro_classifier, small_margin
 from ntkadv.cgro.line_attack import LineAttack
 from ntkadv.cgro.network import ACTIVATIONS, PatchNetwork
@@ -28,6 +30,8 @@ __all__ = [
     "CGROClassifier",
     "CGROJudgement",
     "FixedLinear",
+    "Flatness",
+    "FlatnessCurves",
     "LineAttack",
     "PatchData",
     "PatchDistribution",
@@ -37,10 +41,12 @@ __all__ = [
     "PatchScales",
     "PhaseDiagram",
     "PhaseTimes",
+    "RankCorrelation",
     "SignalLine",
     "Trajectory",
     "build_cgro_classifier",
     "class_distance",
+    "flatness_curves",
     "is_cgro",
     "judge_cgro_classifier",
     "linear_attack",
@@ -48,6 +54,7 @@ __all__ = [
     "parameter_counts",
     "phase_diagram",
     "phase_times",
+    "rank_correlation",
     "small_margin",
     "to_images",
     "train",

@@ -20,6 +20,7 @@ Source: Li & Li, ICML 2025, arXiv 2306.01271, Theorem 4.4.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import equinox as eqx
@@ -198,14 +199,14 @@ def build_cgro_classifier(
     if np.shape(values) != (len(x_train), classes):
         raise ValueError(f"values must have shape {(len(x_train), classes)}, got {np.shape(values)}.")
     dtype = working_dtype(jnp.asarray(x_train[:1]).dtype)
-    centres = jnp.asarray(np.asarray(x_train)[keep].reshape(int(keep.sum()), -1), dtype)
+    centres = jnp.asarray(np.asarray(x_train)[keep].reshape(int(keep.sum()), math.prod(x_train.shape[1:])), dtype)
     chosen = jnp.asarray(np.asarray(values)[keep], dtype)
     return CGROClassifier(clean, centres, chosen, float(delta), float(tau), float(bound), max_bytes)
 
 
 def class_distance(x: Float[AnyArray, "n *image"], y: Int[AnyArray, " n"]) -> float:
     """Find the smallest l_inf distance of two images of different classes; infinite if there is one class only."""
-    flat, labels = np.asarray(x, np.float64).reshape(len(x), -1), np.asarray(y)
+    flat, labels = np.asarray(x, np.float64).reshape(len(x), math.prod(x.shape[1:])), np.asarray(y)
     best = np.inf
     for label in np.unique(labels):
         own, later = flat[labels == label], flat[labels > label]
