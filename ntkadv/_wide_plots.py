@@ -168,3 +168,36 @@ def movements(found: Mapping[str, KernelMovement], title: str = "") -> Figure:
     finish(grid[1, 2], TIME, "kernel-target alignment", "alignment with the labels", legend=False)
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def between(
+    times: Mapping[int, Series], found: Mapping[int, Mapping[str, Float[np.ndarray, "seeds t"]]], switch: float
+) -> Figure:
+    """Draw where networks are between the true flow (0) and the closed form (1), and how far these are apart."""
+    figure = Figure(figsize=(11.4, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    widest = max(found)
+    for name, colour, style in (
+        ("closed form to flow", "black", "-"),
+        ("network to closed form", VERMILION, "--"),
+        ("network to flow", BLUE, "-"),
+    ):
+        rows = found[widest][f"{name} test"]
+        left.plot(times[widest][1:], rows.mean(0)[1:], style, color=colour, label=name)
+        left.fill_between(times[widest][1:], rows.min(0)[1:], rows.max(0)[1:], color=colour, alpha=0.12, linewidth=0)
+    for colour, (width, by) in zip(shades(len(found)), found.items(), strict=True):
+        rows, apart = by["place test"], by["closed form to flow test"].mean(0)
+        # Where the two are one, there is no between.
+        is_apart = apart > 0.2 * apart.max()
+        at = times[width][is_apart]
+        right.plot(at, rows.mean(0)[is_apart], color=colour, marker="o", markersize=3, label=f"width {width}")
+        right.fill_between(at, rows.min(0)[is_apart], rows.max(0)[is_apart], color=colour, alpha=0.15, linewidth=0)
+    for level, name in ((0, "true flow"), (1, "closed form")):
+        right.axhline(level, color="black", linewidth=0.8, linestyle=":")
+        right.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+    for axes in (left, right):
+        axes.axvline(switch, color="black", linewidth=0.8, linestyle="-.")
+        axes.set_xscale("log")
+    finish(left, TIME, DISTANCE, f"width {widest}, test images")
+    finish(right, TIME, "place of the network", "between the true flow and the closed form, test images")
+    return figure

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-_STIFF = 1e3
+_STIFF = 2e4
+"""From here on implicit steps, each of which solves a system of the size of y, are cheaper than more explicit ones."""
 
 
 def integrate(
@@ -23,8 +24,8 @@ def integrate(
 ) -> Float[np.ndarray, "t n c"]:
     """Solve `y' = slope(t, y, theta)` from `start` at time 0: y at the given times, in any order.
 
-    Dopri8 where `stiffness`, the fastest rate times the longest time, is below 1,000, the implicit Kvaerno5 beyond; the
-    latter solves dense systems of the size of y.
+    Dopri8 where `stiffness`, the fastest rate times the longest time, is below 20,000, the implicit Kvaerno5 beyond;
+    the latter solves dense systems of the size of y.
 
     Raises:
         RuntimeError: the solver takes more than `max_steps` steps.

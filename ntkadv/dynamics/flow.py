@@ -39,7 +39,7 @@ def integrate_flow(
     """Residuals `r(t)` of `r' = -Theta E(t) r`, `r(0) = Y`, at the given times, by an ODE solver in float64.
 
     `rates` is an array (n,), or a function of time that JAX can trace and that returns one. Dopri8 for a flow with
-    `max(Theta E) * time` below 1,000, the implicit Kvaerno5 beyond; the latter solves dense systems of size n c, so
+    `max(Theta E) * time` below 20,000, the implicit Kvaerno5 beyond; the latter solves dense systems of size n c, so
     this is for small problems.
 
     Raises `ValueError` for shapes that do not match, entries that are not finite, and times that are negative, infinite

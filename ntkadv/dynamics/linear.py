@@ -46,7 +46,8 @@ def attack_rates(
     r"""Compute the factors of residuals under a linearised attack, :math:`E_i = \exp(\Theta_x(x_i, x_i)\, \eta_i S)`.
 
     Args:
-        ark: The adversarial regularization kernel: a number for each sample, as at infinite width, or a c x c matrix.
+        ark: The adversarial regularization kernel: a number for each sample, as at infinite width, or a symmetric c x c
+            matrix.
         strength: :math:`\eta_i S`: a number, one for each sample, or a c x c matrix for each.
 
     Returns:
@@ -65,10 +66,14 @@ def attack_rates(
         )
     if kernel.ndim == 1 and factor.ndim < 2:
         return jnp.exp(kernel * factor)
+    if factor.ndim < 2:
+        # On the host where the kernel is known, so that a function of time decomposes it once.
+        values, vectors = (np if isinstance(ark, np.ndarray) else jnp).linalg.eigh(ark)
+        values, vectors = jnp.asarray(values, dtype), jnp.asarray(vectors, dtype)
+        grown = jnp.exp(values * (factor if factor.ndim == 0 else factor[:, None]))
+        return jnp.einsum("nij,nj,nkj->nik", vectors, grown, vectors, precision="highest")
     if kernel.ndim == 1:
         exponent = kernel[:, None, None] * factor
-    elif factor.ndim < 2:
-        exponent = kernel * (factor if factor.ndim == 0 else factor[:, None, None])
     else:
         exponent = jnp.einsum("nij,njk->nik", kernel, factor, precision="highest")
     return jax.vmap(jax.scipy.linalg.expm)(exponent)
