@@ -25,7 +25,7 @@ from ntkadv.training.method import Batch, Method
 
 __all__ = ["AttackFlowTraining", "attack_flow"]
 
-Strength: TypeAlias = float | tuple[float, ...] | Callable[[Any], Any]
+Strength: TypeAlias = float | int | tuple[float | int, ...] | Callable[[Any], Any]
 
 
 def attack_flow(
@@ -81,7 +81,7 @@ class AttackFlowTraining(Method):
 
     Raises:
         TypeError: the strength is none of these.
-        ValueError: a strength is negative, NaN or infinite.
+        ValueError: a strength is negative, NaN or infinite; when training begins, they are not as many as the images.
     """
 
     strength: Strength
@@ -106,6 +106,17 @@ class AttackFlowTraining(Method):
     def name(self) -> str:
         """Label with the strength, where it is a number."""
         return f"attack flow {self.strength:g}" if isinstance(self.strength, (int, float)) else "attack flow"
+
+    def start(self, params: Params, n: int) -> Any:
+        """Give no state; but see whether there is a strength for each of the n images.
+
+        Raises:
+            ValueError: there is not.
+        """
+        given = jax.eval_shape(self.at, jax.ShapeDtypeStruct((), jax.tree.leaves(params)[0].dtype)).shape
+        if given and given[0] != n:
+            raise ValueError(f"strength must be a number, or hold one for each of {n} training images, got {given}.")
+        return super().start(params, n)
 
     def at(self, time: Any) -> Array:
         """Give the strength at a time."""

@@ -45,7 +45,7 @@ def gradient_flow(
         network: An architecture, or any function f(params, x).
         params: Parameters to begin with.
         data: The training part is used.
-        times: Times, without a factor 1/n.
+        times: Times, without a factor 1/n, whatever the method's reduction.
         method: Standard training, or that with the attack flow. Its loss must be the squared one.
         rtol: Relative tolerance of the solver (Tsit5), in the parameters; float32 allows about 1e-6.
         atol: Absolute tolerance.
@@ -69,18 +69,21 @@ def gradient_flow(
     if np.any(np.isinf(grid)):
         raise ValueError("times must be finite for the integrated flow, got inf.")
     f = network.apply if isinstance(network, Architecture) else network
+    method.start(params, len(data.x_train))
     order, back = np.unique(grid, return_inverse=True)
     if order[-1] == 0:
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(grid), *leaf.shape)), params)
     dtype = jax.tree.leaves(params)[0].dtype
     arrays = jnp.asarray(data.x_train, dtype), jnp.asarray(data.y_train), jnp.asarray(data.targets_train, dtype)
+    # Only the leaves are integrated: the solver does not take layers that are empty, as those without parameters are.
+    leaves, structure = jax.tree.flatten(params)
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(_slope(f, method)),
+        diffrax.ODETerm(_slope(f, method, structure)),
         diffrax.Tsit5(),
         t0=0.0,
         t1=float(order[-1]),
         dt0=None,
-        y0=params,
+        y0=leaves,
         args=arrays,
         saveat=diffrax.SaveAt(ts=jnp.asarray(order, dtype)),
         stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
@@ -92,16 +95,17 @@ def gradient_flow(
             f"the flow could not be integrated to time {order[-1]:g} within {max_steps} steps; allow more with "
             f"max_steps, loosen rtol, or train by steps."
         )
-    return jax.tree.map(lambda leaf: leaf[back], solution.ys)
+    return jax.tree.unflatten(structure, [leaf[back] for leaf in solution.ys or ()])
 
 
-def _slope(f: Network, method: Method) -> Any:
-    def slope(time: Array, params: Params, arrays: tuple[Array, Array, Array]) -> Params:
+def _slope(f: Network, method: Method, structure: Any) -> Any:
+    def slope(time: Array, leaves: list[Array], arrays: tuple[Array, Array, Array]) -> list[Array]:
+        params = jax.tree.unflatten(structure, leaves)
         x, labels, targets = arrays
         keys = jax.random.split(jax.random.key(0), len(x))  # neither method draws from them
         batch = Batch(x, labels, targets, jnp.arange(len(x)), keys, time, 1.0)
         images = jax.lax.stop_gradient(method.images(f, params, batch))
         outputs, pull = jax.vjp(lambda p: f(p, images), params)
-        return pull(targets - outputs)[0]
+        return jax.tree.leaves(pull(targets - outputs)[0])
 
     return slope

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, TypeAlias
+from numbers import Real
+from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,65 +19,16 @@ from tqdm.auto import tqdm
 
 from ntkadv._checks import require_int, require_key, require_memory, require_nonnegative
 from ntkadv.architectures.base import Architecture
-from ntkadv.attacks.threat_model import sample_keys
 from ntkadv.data import Dataset
 from ntkadv.kernels.empirical import Network, Params
-from ntkadv.runs import append_line, load_checkpoint, rewrite_lines, save_checkpoint
-from ntkadv.training.method import Batch, Method, TrainState
+from ntkadv.training._keeper import DivergenceError, Keeper, Place, Record, TrainedNetwork
+from ntkadv.training._steps import Steps
+from ntkadv.training.method import Method, TrainState
 from ntkadv.training.standard import StandardTraining
 
 __all__ = ["DivergenceError", "TrainedNetwork", "train"]
 
-Record: TypeAlias = Callable[[Params], Mapping[str, Any]]
-
 _CHUNK_SECONDS = 1.0
-
-
-class DivergenceError(RuntimeError):
-    """The loss stopped being finite.
-
-    Attributes:
-        step: The step whose loss was not finite.
-        last: The network before it, with all that was recorded.
-    """
-
-    def __init__(self, message: str, step: int, last: TrainedNetwork):
-        super().__init__(message)
-        self.step = step
-        self.last = last
-
-
-@dataclass(frozen=True, eq=False)
-class TrainedNetwork:
-    """What training gives.
-
-    Attributes:
-        f: The network, a function of parameters and images.
-        params: Its parameters in the end.
-        state: All that is needed to go on.
-        step: Number of updates made.
-        steps: Steps at which something was recorded, ascending.
-        history: What was recorded, one row a step: always `"loss"`, and what `record` gave.
-        time_step: Training time that one step takes.
-    """
-
-    f: Network
-    params: Params
-    state: TrainState
-    step: int
-    steps: np.ndarray
-    history: dict[str, np.ndarray]
-    time_step: float
-
-    @property
-    def times(self) -> np.ndarray:
-        """Training times at which something was recorded."""
-        return self.steps * self.time_step
-
-    @property
-    def predictor(self) -> Callable[[Array], Array]:
-        """The network as a function of images, a pytree: what attacks take."""
-        return eqx.Partial(self.f, self.params)
 
 
 def train(
@@ -140,59 +89,94 @@ def train(
     require_int("batch_size", size, minimum=1)
     if size > n:
         raise ValueError(f"batch_size must be at most {n}, the number of training images, got {size}.")
-    if isinstance(optimizer, (int, float)):
-        require_nonnegative("optimizer", optimizer, strict=True)
-    rate = float(optimizer) if isinstance(optimizer, (int, float)) else 1.0
-    update_rule = gradient_descent(rate) if isinstance(optimizer, (int, float)) else optimizer
+    rate, update_rule = _optimizer(optimizer)
+    if time_step is not None:
+        require_nonnegative("time_step", time_step, strict=True)
+    wanted = _wanted(record_at, steps)
     key_init, key_run = jax.random.split(key)
-    f, start = _network(network, params, data, key_init)
-    _require_room(start, update_rule)
-    run = _Loop(
+    f, start = _network(network, params, data, key_init, update_rule)
+    x, targets = (jnp.asarray(array, _dtype_of(start)) for array in (data.x_train, data.targets_train))
+    run = Steps(
         f=f,
         optimizer=update_rule,
         method=method,
         batch_size=size,
         time_step=rate if time_step is None else float(time_step),
-        arrays=(jnp.asarray(data.x_train), jnp.asarray(data.y_train), jnp.asarray(data.targets_train)),
+        arrays=(x, jnp.asarray(data.y_train), targets),
         key=key_run,
     )
-    state = TrainState(start, update_rule.init(start), method.start(start, n))
-    wanted = np.unique(np.linspace(0, steps, 22).astype(int) if record_at is None else np.asarray(record_at, int))
-    if wanted.size and (wanted[0] < 0 or wanted[-1] > steps):
-        raise ValueError(f"record_at must lie between 0 and steps = {steps}, got {wanted[0]} to {wanted[-1]}.")
-    keeper = _Keeper(run, checkpoint, metrics, checkpoint_seconds, record)
-    state, step = keeper.resume(state)
-    if step > steps:
-        raise ValueError(f"the checkpoint {checkpoint} is at step {step}, beyond steps = {steps}; ask for more steps.")
-    bar = tqdm(total=steps, initial=step, desc=method.name, disable=not progress, leave=False)
+    keeper = Keeper(run, checkpoint, metrics, record)
+    here = keeper.resume(TrainState(start, update_rule.init(start), method.start(start, n)))
+    if here.step > steps:
+        raise ValueError(
+            f"the checkpoint {checkpoint} is at step {here.step}, beyond steps = {steps}; ask for more steps."
+        )
+    # The end of the last updates is known to be good only when others have started from it: we keep their beginning.
+    before = here
+    bar = tqdm(total=steps, initial=here.step, desc=method.name, disable=not progress, leave=False)
     pause, pace = time.perf_counter(), 1.0
     try:
         while True:
-            if step in wanted and step not in keeper.steps:
-                keeper.note(state, step)
-            if step == steps:
+            if here.step in wanted and here.step not in keeper.steps:
+                keeper.note(here, before)
+            if here.step == steps:
                 break
-            following = wanted[wanted > step]
-            goal = min(int(following[0]) if following.size else steps, step + max(1, int(pace)))
+            following = wanted[wanted > here.step]
+            goal = min(int(following[0]) if following.size else steps, here.step + max(1, int(pace)))
             begun = time.perf_counter()
-            advanced, reached, is_finite = run.advance(state, step, goal)
-            if not is_finite:
-                keeper.diverged(state, step, reached)
+            state, reached, loss = run.advance(*here, goal)
+            if not np.isfinite(loss):
+                keeper.diverged(here, before, reached - 1)
             elapsed = time.perf_counter() - begun
             # The first pace is that of compilation; later chunks take about a second.
-            pace = min(4 * pace, (reached - step) * _CHUNK_SECONDS / max(elapsed, 1e-9))
-            bar.update(reached - step)
-            state, step = advanced, reached
+            pace = min(4 * pace, (reached - here.step) * _CHUNK_SECONDS / max(elapsed, 1e-9))
+            bar.update(reached - here.step)
+            before, here = here, Place(state, reached)
             if time.perf_counter() - pause > checkpoint_seconds:
-                keeper.save(state, step)
+                keeper.save(here, before)
                 pause = time.perf_counter()
-    except KeyboardInterrupt:
-        keeper.save(state, step)
+        keeper.save(here, before)
+    except DivergenceError:
+        raise
+    except BaseException:
+        keeper.interrupted(here)
         raise
     finally:
         bar.close()
-    keeper.save(state, step)
-    return keeper.result(state, step)
+    return keeper.result(here)
+
+
+def _optimizer(optimizer: Any) -> tuple[float, optax.GradientTransformation]:
+    """Give the training time of a step, and the optimiser.
+
+    Raises:
+        TypeError, ValueError: it is neither a positive number nor an optimiser.
+    """
+    if isinstance(optimizer, Real):
+        require_nonnegative("optimizer", optimizer, strict=True)
+        return float(optimizer), gradient_descent(float(optimizer))
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(
+            f"optimizer must be a learning rate or an optimiser of optax, got a {type(optimizer).__name__}; write "
+            f"optax.adam(1e-3), say."
+        )
+    return 1.0, optimizer
+
+
+def _wanted(record_at: Sequence[int] | None, steps: int) -> np.ndarray:
+    """Give the steps at which to record, ascending.
+
+    Raises:
+        ValueError: they are no whole numbers from 0 to `steps`.
+    """
+    if record_at is None:
+        return np.unique(np.linspace(0, steps, 22).astype(int))
+    wanted = np.unique(np.asarray(record_at))
+    if np.any(wanted != wanted.astype(int)) or np.any((wanted < 0) | (wanted > steps)):
+        raise ValueError(
+            f"record_at must be whole numbers between 0 and steps = {steps}, got {wanted[0]} to {wanted[-1]}."
+        )
+    return wanted.astype(int)
 
 
 @lru_cache
@@ -201,199 +185,22 @@ def gradient_descent(rate: float) -> optax.GradientTransformation:
     return optax.sgd(rate)
 
 
-@dataclass(frozen=True, eq=False)
-class _Loop:
-    """The compiled part of a run."""
-
-    f: Network
-    optimizer: optax.GradientTransformation
-    method: Method
-    batch_size: int
-    time_step: float
-    arrays: tuple[Array, Array, Array]
-    key: Array
-
-    def advance(self, state: TrainState, step: int, goal: int) -> tuple[TrainState, int, bool]:
-        """Make steps up to `goal`, or to the first whose loss is not finite: the state, the step, whether all were."""
-        static = (self.f, self.optimizer, self.method, self.batch_size)
-        state, reached, loss = _advance(
-            *static, state, jnp.int32(step), jnp.int32(goal), self.arrays, self.key, jnp.float32(self.time_step)
-        )
-        return state, int(reached), bool(jnp.isfinite(loss))
-
-    def loss(self, state: TrainState, step: int) -> float:
-        """Give the loss that the next update would start from."""
-        static = (self.f, self.optimizer, self.method, self.batch_size)
-        return float(_loss(*static, state, jnp.int32(step), self.arrays, self.key, jnp.float32(self.time_step)))
-
-
-@eqx.filter_jit
-def _advance(f, optimizer, method, batch_size, state, step, goal, arrays, key, time_step):
-    def unfinished(carry):
-        _, step, loss = carry
-        return (step < goal) & jnp.isfinite(loss)
-
-    def body(carry):
-        state, step, _ = carry
-        batch = _batch(arrays, key, step, batch_size, time_step)
-        state, metrics = method.update(f, optimizer, state, batch)
-        return state, step + 1, metrics["loss"].astype(jnp.float32)
-
-    return jax.lax.while_loop(unfinished, body, (state, step, jnp.float32(0)))
-
-
-@eqx.filter_jit
-def _loss(f, optimizer, method, batch_size, state, step, arrays, key, time_step):
-    batch = _batch(arrays, key, step, batch_size, time_step)
-    return method.update(f, optimizer, state, batch)[1]["loss"]
-
-
-def _batch(arrays: tuple[Array, Array, Array], key: Array, step: Array, size: int, time_step: Any) -> Batch:
-    x, labels, targets = arrays
-    n = len(x)
-    place_key, attack_key = jax.random.split(jax.random.fold_in(key, step))
-    keys = sample_keys(attack_key, size)
-    time_now = step.astype(x.dtype) * time_step.astype(x.dtype)
-    if size == n:
-        return Batch(x, labels, targets, jnp.arange(n), keys, time_now, 1.0)
-    places = jax.random.choice(place_key, n, (size,), replace=False)
-    return Batch(x[places], labels[places], targets[places], places, keys, time_now, size / n)
-
-
-class _Keeper:
-    """What a run leaves behind: its history, its checkpoint, its file of metrics."""
-
-    def __init__(
-        self,
-        run: _Loop,
-        checkpoint: str | os.PathLike[str] | None,
-        metrics: str | os.PathLike[str] | None,
-        seconds: float,
-        record: Record | None,
-    ):
-        self.run = run
-        self.path = None if checkpoint is None else Path(checkpoint)
-        self.metrics = None if metrics is None else Path(metrics)
-        self.record = record
-        self.steps: list[int] = []
-        self.rows: list[dict[str, np.ndarray]] = []
-        for path in (self.path, self.metrics):
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-
-    def resume(self, state: TrainState) -> tuple[TrainState, int]:
-        """Take up the run where its checkpoint left it.
-
-        Raises:
-            ValueError: the checkpoint is that of another run.
-        """
-        found = None if self.path is None else load_checkpoint(self.path)
-        step = 0
-        if found is not None:
-            arrays, meta = found
-            ours = self._identity(state)
-            differing = [name for name in ours if meta.get("identity", {}).get(name) != ours[name]]
-            if differing:
-                name = differing[0]
-                raise ValueError(
-                    f"the checkpoint {self.path} is that of another run: its {name} is "
-                    f"{meta.get('identity', {}).get(name)!r}, here it is {ours[name]!r}. Give another file, or remove "
-                    f"this one."
-                )
-            leaves, structure = jax.tree.flatten(state)
-            state = jax.tree.unflatten(structure, [jnp.asarray(arrays[f"leaf{i}"]) for i in range(len(leaves))])
-            step = int(meta["step"])
-            self.steps = [int(number) for number in arrays["steps"]]
-            names = [name.removeprefix("history.") for name in arrays if name.startswith("history.")]
-            self.rows = [{name: arrays[f"history.{name}"][i] for name in names} for i in range(len(self.steps))]
-        if self.metrics is not None:
-            rewrite_lines(self.metrics, [self._line(*pair) for pair in zip(self.steps, self.rows, strict=True)])
-        return state, step
-
-    def note(self, state: TrainState, step: int) -> None:
-        """Record what is asked for at a step."""
-        row = {"loss": np.asarray(self.run.loss(state, step))}
-        if self.record is not None:
-            row |= {name: np.asarray(value) for name, value in self.record(state.params).items()}
-        if self.rows and row.keys() != self.rows[0].keys():
-            raise ValueError(f"record must give the same names at every step, got {sorted(row)} at step {step}.")
-        self.steps.append(step)
-        self.rows.append(row)
-        if self.metrics is not None:
-            append_line(self.metrics, self._line(step, row))
-
-    def save(self, state: TrainState, step: int) -> None:
-        """Write the checkpoint."""
-        if self.path is None:
-            return
-        arrays = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-        history = {f"history.{name}": values for name, values in self._history().items()}
-        meta = {"step": step, "identity": self._identity(state)}
-        save_checkpoint(self.path, {**arrays, **history, "steps": np.asarray(self.steps, int)}, meta)
-
-    def diverged(self, state: TrainState, step: int, reached: int) -> None:
-        """Go back to the last network whose loss was finite, keep it, and raise."""
-        bad = reached - 1  # the update number `bad` started from a loss that was not finite
-        good = max(step, bad - 1)
-        last, good, _ = self.run.advance(state, step, good) if good > step else (state, step, True)
-        self.save(last, good)
-        kept = f" The last good state, of step {good}, is in {self.path}." if self.path is not None else ""
-        raise DivergenceError(
-            f"The loss is not finite at step {bad}: lower the learning rate; for full-batch gradient descent on the "
-            f"squared loss it must stay below 2 / lambda_max of the NTK, see max_learning_rate.{kept}",
-            bad,
-            self.result(last, good),
-        )
-
-    def result(self, state: TrainState, step: int) -> TrainedNetwork:
-        """Put together what training gives."""
-        steps = np.asarray(self.steps, int)
-        return TrainedNetwork(self.run.f, state.params, state, step, steps, self._history(), self.run.time_step)
-
-    def _history(self) -> dict[str, np.ndarray]:
-        names = self.rows[0] if self.rows else {}
-        return {name: np.stack([row[name] for row in self.rows]) for name in names}
-
-    def _line(self, step: int, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        numbers = {name: value.item() for name, value in row.items() if value.ndim == 0}
-        return {"step": step, "time": step * self.run.time_step, **numbers}
-
-    def _identity(self, state: TrainState) -> dict[str, Any]:
-        leaves, structure = jax.tree.flatten(state)
-        return {
-            "parameters": [[str(leaf.dtype), *map(int, np.shape(leaf))] for leaf in map(jnp.asarray, leaves)],
-            "structure": str(structure),
-            "network": _plain(self.run.f),
-            "method": _plain(self.run.method),
-            "batch_size": self.run.batch_size,
-            "time_step": self.run.time_step,
-            "images": list(map(int, self.run.arrays[0].shape)),
-            "pixels": float(np.asarray(self.run.arrays[0], np.float64).sum()),
-            "labels": int(np.asarray(self.run.arrays[1], np.int64) @ np.arange(1, len(self.run.arrays[1]) + 1)),
-            "key": np.asarray(jax.random.key_data(self.run.key)).tolist(),
-        }
-
-
-def _plain(value: Any) -> str:
-    """Describe a value alike in every process: without addresses."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
 def _network(
-    network: Architecture | Network, params: Params | None, data: Dataset, key: Array
+    network: Architecture | Network,
+    params: Params | None,
+    data: Dataset,
+    key: Array,
+    optimizer: optax.GradientTransformation,
 ) -> tuple[Network, Params]:
-    """Give a function f(params, x) and its parameters, checked against the data.
+    """Give a function f(params, x) and its parameters, drawn only once they are known to fit: data, network, memory.
 
     Raises:
-        TypeError, ValueError: see `train`.
+        TypeError, ValueError, MemoryError: see `train`.
     """
     shape = data.x_train.shape[1:]
     if isinstance(network, Architecture):
         expected = jax.eval_shape(lambda: network.init(key, shape))
-        if params is None:
-            _require_memory_of(expected, copies=1)
-            params = network.init(key, shape)
-        given = jax.eval_shape(lambda: params)
+        given = expected if params is None else jax.eval_shape(lambda: params)
         if jax.tree.structure(given) != jax.tree.structure(expected) or any(
             one.shape != other.shape
             for one, other in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True)
@@ -408,11 +215,11 @@ def _network(
     elif params is None:
         raise ValueError("params must be given with a function f(params, x); only an architecture draws its own.")
     else:
-        f = network
-    leaves = jax.tree.leaves(params)
+        f, given = network, params
+    leaves = jax.tree.leaves(given)
     if not leaves or not all(hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
         raise TypeError("params must be a pytree of float arrays; take the rest out, as by equinox.partition.")
-    outputs = jax.eval_shape(f, params, jax.ShapeDtypeStruct((2, *shape), data.x_train.dtype))
+    outputs = jax.eval_shape(f, given, jax.ShapeDtypeStruct((2, *shape), _dtype_of(given)))
     if not hasattr(outputs, "shape"):
         raise TypeError(
             f"the network must return one array of outputs, got {jax.tree.structure(outputs)}; a network with a state, "
@@ -422,17 +229,17 @@ def _network(
         raise ValueError(
             f"the network must return (b, {data.num_classes}) outputs, one for each class, got {outputs.shape} for 2."
         )
-    return f, params
-
-
-def _require_room(params: Params, optimizer: optax.GradientTransformation) -> None:
-    """Require memory for parameters, gradients, updates, the state before a chunk, and the optimiser's own."""
-    _require_memory_of((params, jax.eval_shape(optimizer.init, params)), copies=4)
-
-
-def _require_memory_of(tree: Any, *, copies: int) -> None:
-    size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    kept = (given, jax.eval_shape(optimizer.init, given))
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    # Two places to go back to, the state that changes, gradients and updates.
     require_memory(
-        f"Training a network with {size / 2**20:.0f} MiB of parameters and optimiser state", copies * size,
+        f"Training a network with {size / 2**20:.0f} MiB of parameters and optimiser state", 5 * size,
         "Take a smaller width.",
     )  # fmt: skip
+    return f, network.init(key, shape) if params is None and isinstance(network, Architecture) else params
+
+
+def _dtype_of(params: Params) -> Any:
+    """Give the dtype that images come in: float64 where a parameter has it, float32 otherwise."""
+    is_double = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
+    return jnp.float64 if is_double else jnp.float32
