@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from jaxtyping import Array
@@ -158,7 +159,7 @@ def against_pgd(config: Config, run: na.runs.Run) -> dict[str, list[float]]:
         small = dataclasses.replace(config, **changes)
         trajectory = trained(small, distribution, attack, seed=seed, records=5)
         data, test, _ = drawn(small, distribution, seed)
-        network, filters = trajectory.network, trajectory.filters
+        network, filters = trajectory.network, jnp.asarray(trajectory.filters)
         values = {}
         for part, samples in (("train", data), ("test", test)):
             attacked = judge.perturb(network, filters, samples)

@@ -70,7 +70,7 @@ def phase_diagram(diagram: PhaseDiagram, *, title: str = "") -> Figure:
     grid = figure.subplots(2, 2, sharex=True, sharey=True)
     holds = diagram.holds()
     for axes, (name, (label, _, _)) in zip(grid.ravel(), NAMES.items(), strict=True):
-        image = axes.imshow(diagram.accuracies[name].T, origin="lower", cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        axes.imshow(diagram.accuracies[name].T, origin="lower", cmap="cividis", vmin=0, vmax=1, aspect="auto")
         axes.set_title(label, fontsize=10)
         _ticks(axes, diagram.signals, diagram.ratios)
         _hatch(axes, holds.T)
@@ -78,7 +78,8 @@ def phase_diagram(diagram: PhaseDiagram, *, title: str = "") -> Figure:
         axes.set_xlabel(r"signal strength $\alpha$ (noise patch: norm " + f"{diagram.noise_norm:.2g})")
     for axes in grid[:, 0]:
         axes.set_ylabel(r"radius of the attack, $\delta/\alpha$")
-    figure.colorbar(image, ax=grid, label=f"accuracy, mean of {diagram.seeds} runs", shrink=0.8)
+    label = f"accuracy, mean of {diagram.seeds} runs"
+    figure.colorbar(grid[0, 0].images[0], ax=grid, label=label, shrink=0.8)
     figure.suptitle(f"{title}\nhatched: clean generalization and robust overfitting", fontsize=11)
     return figure
 
@@ -103,13 +104,13 @@ def count_diagram(
     figure = Figure(figsize=(10.0, 3.8), layout="constrained")
     row = figure.subplots(1, 3, sharey=True)
     for axes, name in zip(row, ("train_robust", "test_clean", "test_robust"), strict=True):
-        image = axes.imshow(accuracies[name].T, origin="lower", cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        axes.imshow(accuracies[name].T, origin="lower", cmap="cividis", vmin=0, vmax=1, aspect="auto")
         axes.set_title(NAMES[name][0], fontsize=10)
         _ticks(axes, counts, dimensions)
         _hatch(axes, holds.T)
         axes.set_xlabel("training samples N")
     row[0].set_ylabel("dimension of a patch, d")
-    figure.colorbar(image, ax=row, label="accuracy")
+    figure.colorbar(row[0].images[0], ax=row, label="accuracy")
     figure.suptitle(f"{title}\nhatched: clean generalization and robust overfitting", fontsize=11)
     return figure
 

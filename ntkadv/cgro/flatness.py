@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 from tqdm.auto import tqdm
 
 from ntkadv._checks import (
@@ -72,7 +72,7 @@ class Flatness:
 
 
 class Maxima(NamedTuple):
-    """The largest values found in the balls around images.
+    """The largest values found in the balls around images, perhaps with a leading axis of radii.
 
     Attributes:
         gradient: of |grad_x L|_1, one an image.
@@ -83,12 +83,12 @@ class Maxima(NamedTuple):
         clean_wrong: whether the image is.
     """
 
-    gradient: Float[Array, " b"]
-    loss: Float[Array, " b"]
-    clean_gradient: Float[Array, " b"]
-    clean_loss: Float[Array, " b"]
-    wrong: Array
-    clean_wrong: Array
+    gradient: Float[AnyArray, "*R b"]
+    loss: Float[AnyArray, "*R b"]
+    clean_gradient: Float[AnyArray, "*R b"]
+    clean_loss: Float[AnyArray, "*R b"]
+    wrong: Bool[AnyArray, "*R b"]
+    clean_wrong: Bool[AnyArray, "*R b"]
 
 
 def largest_gradient(
@@ -288,8 +288,8 @@ def rank_correlation(
     gaps = np.array([getattr(curve, gap)[place[0]] for curve, place in zip(pooled, places, strict=True)])
     if np.ptp(flat) == 0 or np.ptp(gaps) == 0:
         raise ValueError("global flatness and gap must vary over the curves, but one of them is the same in all.")
-    result = scipy.stats.spearmanr(flat, gaps)
-    return RankCorrelation(float(result.statistic), float(result.pvalue), len(pooled))
+    rho, p = np.asarray(scipy.stats.spearmanr(flat, gaps), float)
+    return RankCorrelation(float(rho), float(p), len(pooled))
 
 
 def _over_batches(

@@ -55,6 +55,8 @@ class CGROClassifier(eqx.Module):
         delta: radius of the balls.
         tau: width of their rims.
         bound: B, at which the values of the clean classifier are cut off.
+        max_bytes: bound on the units that are there at once.
+        fused: take absolute values and maxima as such, instead of unit by unit.
     """
 
     clean: Model
@@ -64,6 +66,7 @@ class CGROClassifier(eqx.Module):
     tau: float = eqx.field(static=True)
     bound: float = eqx.field(static=True)
     max_bytes: int = eqx.field(static=True)
+    fused: bool = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "b h w ch"]) -> Float[Array, "b c"]:
         """Values of the network, by its layers: units of whole tiles of centres at a time."""
@@ -81,7 +84,7 @@ class CGROClassifier(eqx.Module):
         )
 
     def distances(self, x: Float[Array, "b h w ch"]) -> Float[Array, "b n"]:
-        """Distances |x - X_i|_inf to all centres, by absolute values and the tree of maxima."""
+        """Distances |x - X_i|_inf to all centres, `(b, n)`."""
         return self._distances(x.reshape(len(x), -1).astype(self.centres.dtype))
 
     def _indicators(self, flat: Float[Array, "b D"]) -> Float[Array, "b n"]:
@@ -95,6 +98,8 @@ class CGROClassifier(eqx.Module):
 
         @jax.checkpoint
         def one(centre: Float[Array, " D"]) -> Float[Array, " b"]:
+            if self.fused:
+                return jnp.max(jnp.abs(flat - centre), axis=1)
             return _maximum(jax.nn.relu(flat - centre) + jax.nn.relu(centre - flat))
 
         # Two units a pixel in the first layer, as many again in the tree.
@@ -143,6 +148,7 @@ def build_cgro_classifier(
     values: Float[AnyArray, "n c"] | None = None,
     keep: Bool[AnyArray, " n"] | None = None,
     max_bytes: int = 2**28,
+    fused: bool = True,
 ) -> CGROClassifier:
     r"""Build the CGRO classifier around a clean one.
 
@@ -160,6 +166,8 @@ def build_cgro_classifier(
         keep: which images are memorised; all by default. The variant that memorises only points of small margin, with
             O~(mu N D) parameters for a share mu, takes `small_margin` here.
         max_bytes: bound on the units that are there at once.
+        fused: take absolute values and maxima as such, which compilers know how to do fast; False evaluates the ReLU
+            units that they consist of, one by one, to the same values up to rounding.
 
     Raises:
         TypeError, ValueError: an argument is out of range; images of different classes are closer than 2 delta, or so
@@ -194,14 +202,13 @@ def build_cgro_classifier(
                   for i in range(0, len(x_train), 256)]  # fmt: skip
         bound = 2 * float(max(logits))
     require_nonnegative("bound", bound, strict=True)
-    if values is None:
-        values = 2.0 * (labels[:, None] == np.arange(classes)) - 1
-    if np.shape(values) != (len(x_train), classes):
-        raise ValueError(f"values must have shape {(len(x_train), classes)}, got {np.shape(values)}.")
+    given = 2.0 * (labels[:, None] == np.arange(classes)) - 1 if values is None else np.asarray(values)
+    if given.shape != (len(x_train), classes):
+        raise ValueError(f"values must have shape {(len(x_train), classes)}, got {given.shape}.")
     dtype = working_dtype(jnp.asarray(x_train[:1]).dtype)
     centres = jnp.asarray(np.asarray(x_train)[keep].reshape(int(keep.sum()), math.prod(x_train.shape[1:])), dtype)
-    chosen = jnp.asarray(np.asarray(values)[keep], dtype)
-    return CGROClassifier(clean, centres, chosen, float(delta), float(tau), float(bound), max_bytes)
+    chosen = jnp.asarray(given[keep], dtype)
+    return CGROClassifier(clean, centres, chosen, float(delta), float(tau), float(bound), max_bytes, fused)
 
 
 def class_distance(x: Float[AnyArray, "n *image"], y: Int[AnyArray, " n"]) -> float:
@@ -260,7 +267,7 @@ def _maximum(values: Float[Array, "b D"]) -> Float[Array, " b"]:
     """Take the maximum of numbers that are not negative, by a tree of ReLU units."""
     while values.shape[1] > 1:
         pairs = values.shape[1] // 2
-        a, b = values[:, : 2 * pairs : 2], values[:, 1 : 2 * pairs : 2]
+        a, b = values[:, :pairs], values[:, pairs : 2 * pairs]
         rest = jax.nn.relu(values[:, 2 * pairs :])
         values = jnp.concatenate([jax.nn.relu(a) + jax.nn.relu(b - a), rest], axis=1)
     return values[:, 0]
@@ -332,8 +339,8 @@ def _layers(centres: np.ndarray, values: np.ndarray, delta: float, tau: float, b
 
 def _level(level: _Builder, values: list[list[tuple[int, float]]]) -> list[list[tuple[int, float]]]:
     """One level of the tree: each value is a sum of units, and so is the larger of two."""
-    found = []
-    for a, b in zip(values[::2], values[1::2], strict=False):
+    found, pairs = [], len(values) // 2
+    for a, b in zip(values[:pairs], values[pairs : 2 * pairs], strict=True):
         found.append([(level.unit(a), 1.0), (level.unit([*b, *_scaled(a, -1.0)]), 1.0)])
     if len(values) % 2:
         found.append([(level.unit(values[-1]), 1.0)])

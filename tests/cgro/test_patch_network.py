@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from patch_problems import NETWORKS, plain_scores, sample, start
 
-from ntkadv.cgro import PatchNetwork, PatchPGD, SignalLine, to_images
+from ntkadv import attacks
+from ntkadv.cgro import LineAttack, PatchNetwork, PatchPGD, SignalLine, to_images
 from ntkadv.cgro.network import responses
 
 
@@ -110,3 +111,35 @@ def test_bad_settings_are_refused(unchecked, key):
         SignalLine(-1.0)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         PatchPGD(0.1, steps=0)
+
+
+def test_the_line_attack_on_any_model_finds_what_the_exact_one_finds(key):
+    data = sample(n=30, position=0)
+    network = NETWORKS["cubic"]
+    filters = start(network)
+    images = to_images(data, room=1.2)
+    direction = np.zeros((3, 9))
+    direction[0] = np.asarray(data.w_star)
+    threat = attacks.L2(1.2 * images.scale)
+    attack = LineAttack(threat, direction=tuple(direction.ravel().tolist()), points=9)
+    model = network.model(filters, images)
+    points = attack(model, images.images[0], np.asarray(data.labels), key=key)
+    # The signal's part of the margin is monotone along the line, so that the worst point is an end.
+    exact = network.margins(filters, SignalLine(1.2).perturb(network, filters, data), data.y)
+    found = network.margins(filters, images.back(points), data.y)
+    np.testing.assert_allclose(found, exact, rtol=2e-3, atol=1e-3)
+    assert (np.asarray(threat.distance(points, jnp.asarray(images.images[0]))) <= threat.eps).all()
+    changed = np.any(np.asarray(points) != images.images[0], axis=(2, 3))
+    assert not changed[:, 1:].any()
+
+
+def test_bad_lines_are_refused(unchecked, key):
+    with pytest.raises(ValueError, match="direction must have norm 1, got 2"):
+        LineAttack(attacks.L2(0.1), direction=(2.0, 0.0))
+    with pytest.raises(ValueError, match="points must be odd"):
+        LineAttack(attacks.L2(0.1), direction=(1.0, 0.0), points=8)
+    with pytest.raises(ValueError, match=r"threat must be L2\(eps\)"):
+        LineAttack(attacks.Linf(0.1), direction=(1.0, 0.0))
+    x, y = np.full((2, 3, 1, 1), 0.5, np.float32), np.array([0, 1])
+    with pytest.raises(ValueError, match="direction must have 3 numbers"):
+        LineAttack(attacks.L2(0.1), direction=(1.0, 0.0))(lambda z: z[:, :2, 0, 0], x, y, key=key)

@@ -39,11 +39,12 @@ def problem(shape, n, classes, dtype=np.float64):
     return x, y, delta, points
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("shape", "n", "classes"), SHAPES)
-def test_the_network_is_the_formula(shape, n, classes, x64):
+def test_the_network_is_the_formula(shape, n, classes, fused, x64):
     x, y, delta, points = problem(shape, n, classes)
     clean = linear(shape, classes)
-    network = build_cgro_classifier(clean, x, y, delta=delta)
+    network = build_cgro_classifier(clean, x, y, delta=delta, fused=fused)
     values = np.asarray(network(jnp.asarray(points)))
     distances = np.abs(points[:, None] - x[None]).reshape(len(points), n, -1).max(axis=2)
     np.testing.assert_allclose(network.distances(jnp.asarray(points)), distances, atol=1e-14)
@@ -86,7 +87,7 @@ def test_the_binary_network_is_that_of_the_theorem(x64):
 def test_it_is_a_relu_network_of_the_stated_size(shape, n, classes, x64):
     x, y, delta, points = problem(shape, n, classes)
     clean = linear(shape, classes)
-    network = build_cgro_classifier(clean, x, y, delta=delta, tau=delta / 7, bound=3.0)
+    network = build_cgro_classifier(clean, x, y, delta=delta, tau=delta / 7, bound=3.0, fused=False)
     layers = network.layers()
     flat, logits = points.reshape(len(points), -1), np.asarray(clean(jnp.asarray(points)))
     np.testing.assert_allclose(network(jnp.asarray(points)), forward(layers, flat, logits), atol=1e-10)
