@@ -113,7 +113,7 @@ def main(config: Config) -> None:
     layers = cgro.parameter_counts(config.n_train, size, data.num_classes)
     console.print("by layer: " + ", ".join(f"{name} {count:,}" for name, count in layers.items()))
     if config.radii:
-        radii = np.linspace(0, 2 * eps, config.radii)[1:]
+        radii = 2 * eps * np.arange(1, config.radii + 1) / config.radii
         curves = over_radii(networks["memorises everything"], data, radii, config, key, run)
         run.figure(figures.robust_accuracy_by_radius(radii, curves, 1.001 * eps, title=title), "radii")
     console.print(f"Figures (PNG, PDF) and numbers (JSON): {config.output.resolve()}")
@@ -219,19 +219,29 @@ def bars(rows: dict[str, dict[str, Any]], title: str) -> Any:
         }
         for name, row in rows.items()
     }  # fmt: skip
-    return figures.cgro_bars(groups, title=title)
+    return figures.cgro_bars(groups, title=title, chance=None)
 
 
 def table_of(rows: dict[str, dict[str, Any]]) -> Table:
-    """Accuracies, shares and sizes."""
-    table = Table(title="Accuracies; robust: under all attacks, and by what the construction implies")
-    heads = ("classifier", "images", "parameters", "test clean", "train robust", "test robust")
-    for head in (*heads, "test, direct attacks only", "test, through the clean part", "test inside balls"):
-        table.add_column(head)
-    for name, row in rows.items():
-        train, test = row["train"], row["test"]
-        numbers = (test["clean"], train["worst"], test["worst"], test["direct"], test["transferred"], test["inside"])
-        table.add_row(name, f"{row['images']}", f"{row['parameters']:,}", *(f"{number:.3f}" for number in numbers))
+    """Accuracies, shares and sizes: a column for each classifier."""
+    table = Table(title="Robust: under all attacks, and by what the construction implies")
+    table.add_column("")
+    for name in rows:
+        table.add_column(name)
+    lines = {
+        "images memorised": lambda row: f"{row['images']}",
+        "parameters, less the clean part": lambda row: f"{row['parameters']:,}",
+        "test, clean": lambda row: f"{row['test']['clean']:.3f}",
+        "train, robust": lambda row: f"{row['train']['worst']:.3f}",
+        "test, robust": lambda row: f"{row['test']['worst']:.3f}",
+        "test, direct attacks only": lambda row: f"{row['test']['direct']:.3f}",
+        "test, through the clean part": lambda row: f"{row['test']['transferred']:.3f}",
+        "train, robust for certain": lambda row: f"{row['train']['certified']:.3f}",
+        "test, inside training balls": lambda row: f"{row['test']['inside']:.3f}",
+        "test, reach a wrong ball": lambda row: f"{row['test']['near_wrong']:.3f}",
+    }
+    for line, cell in lines.items():
+        table.add_row(line, *(cell(row) for row in rows.values()))
     return table
 
 

@@ -115,11 +115,14 @@ def count_diagram(
     return figure
 
 
-def cgro_bars(groups: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]], *, title: str = "") -> Figure:
+def cgro_bars(
+    groups: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]], *, chance: float | None = 0.5, title: str = ""
+) -> Figure:
     """Draw the four accuracies of several models, mean over seeds with each seed as a point.
 
     Args:
         groups: for each model, `train_clean`, `train_robust`, `test_clean` and `test_robust`, one number a seed.
+        chance: accuracy of a guess, marked; None leaves it out.
         title: above the axes.
     """
     figure = Figure(figsize=(2.6 + 1.55 * len(groups), 4.2), layout="constrained")
@@ -130,7 +133,8 @@ def cgro_bars(groups: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]], 
         axes.bar(places, [v.mean() for v in values], width=0.18, color=colour, alpha=0.75, label=label)
         for place, seeds in zip(places, values, strict=True):
             axes.plot(np.full(seeds.size, place), seeds, ".", color="black", markersize=3)
-    axes.axhline(0.5, color="black", linewidth=0.8, linestyle="--", alpha=0.6)
+    if chance is not None:
+        axes.axhline(chance, color="black", linewidth=0.8, linestyle="--", alpha=0.6)
     axes.set_xticks(range(len(groups)), list(groups), fontsize=9)
     axes.set_ylim(0, 1.04)
     _finish(axes, "accuracy", legend=False)
@@ -191,7 +195,7 @@ def robust_accuracy_by_radius(
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("radius of the attack, l_inf")
     _finish(axes, "accuracy")
-    axes.set_title(title, fontsize=11, pad=16)
+    axes.set_title(title, fontsize=11, pad=22)
     return figure
 
 

@@ -37,7 +37,8 @@ class CGROJudgement:
         clean: right on the image as it is.
         direct: right under the attacks on f_S itself, which its flat regions may fool.
         transferred: right under the attacks on the clean classifier, shown to f_S.
-        balls: not within eps + delta of a training image of another class, by its point in that ball.
+        balls: right at the point of the ball that is nearest to a memorised image of another class, and not within
+            eps + delta of one.
         worst: right under all of these.
         certified: for sure robust, in a training ball of its class and at eps from its rim.
         inside: within delta of some memorised training image.
