@@ -44,7 +44,9 @@ from ntkadv.training.standard import StandardTraining
 
 __all__ = ["Outputs", "WideNetwork", "distance", "meeting_time"]
 
-Strength: TypeAlias = float | Float[AnyArray, " n"] | Float[AnyArray, "n c c"] | Callable[[Any], Any]
+Strength: TypeAlias = (
+    float | int | Float[AnyArray, ""] | Float[AnyArray, " n"] | Float[AnyArray, "n c c"] | Callable[[Any], Any]
+)
 
 
 class Outputs(NamedTuple):
@@ -113,10 +115,12 @@ class WideNetwork:
     def _infinite(self) -> dict[str, np.ndarray]:
         """The kernels of infinite width, which no random number enters."""
         x, z = self.data.x_train, self.data.x_test
-        kernels = {
-            name: gram(self.arch, *images, progress=False) for name, images in (("own", (x,)), ("cross", (z, x)))
+        make: dict[str, Callable[[], Any]] = {
+            "own": lambda: gram(self.arch, x, progress=self.progress),
+            "cross": lambda: gram(self.arch, z, x, progress=self.progress),
+            "ark": lambda: np.asarray(self.arch.ark(x), np.float64),
         }
-        return {**kernels, "ark": np.asarray(self.arch.ark(x), np.float64)}
+        return {name: self._kept(f"infinite-{name}", kernel) for name, kernel in make.items()}
 
     def ntk_at(self, params: Params) -> Float[np.ndarray, "n n c c"]:
         """Compute the NTK at the training images, at any parameters."""
@@ -207,12 +211,15 @@ class WideNetwork:
             options: Those of `train`, such as `batch_size` and `optimizer`.
 
         Raises:
-            ValueError: the learning rate is not below 2 / lambda_max of the NTK under this attack; as `train`.
+            ValueError: a time is infinite; the learning rate is not below 2 / lambda_max of the NTK under this attack;
+                as `train`.
             DivergenceError: as `train`.
         """
         require_nonnegative("learning_rate", learning_rate, strict=True)
         if check_rate and "optimizer" not in options:
             self._check_rate(method, learning_rate)
+        if np.any(np.isinf(checked_times(times))):
+            raise ValueError("times must be finite for training by steps, got inf; theory gives that limit.")
         steps = np.unique(np.round(checked_times(times) / learning_rate).astype(int))
         f = self.linear.apply if linearized else self.arch.apply
 
@@ -260,16 +267,29 @@ class WideNetwork:
         if self.folder is None:
             return make()
         path = self.folder / f"{name}.npz"
-        mark = float(sum(np.asarray(leaf, np.float64).sum() for leaf in jax.tree.leaves(self.params)))
         found = load_checkpoint(path)
         if found is not None:
-            if found[1] != {"params": mark, "images": len(self.data.x_train)}:
-                raise ValueError(f"{path} is of another network or of other images; give another folder, or remove it.")
+            differing = [part for part, mark in self._marks.items() if found[1].get(part) != mark]
+            if differing:
+                raise ValueError(
+                    f"{path} is of another network or of other images: the {differing[0]} differ. Give another folder, "
+                    f"or remove it."
+                )
             return found[0]["kernel"]
         self.folder.mkdir(parents=True, exist_ok=True)
         kernel = make()
-        save_checkpoint(path, {"kernel": kernel}, {"params": mark, "images": len(self.data.x_train)})
+        save_checkpoint(path, {"kernel": kernel}, self._marks)
         return kernel
+
+    @cached_property
+    def _marks(self) -> dict[str, Any]:
+        """What the kernels depend on."""
+        arrays = {"parameters": jax.tree.leaves(self.params), "images": [self.data.x_train, self.data.x_test]}
+        sums = {
+            name: [[*map(int, np.shape(part)), float(np.sum(np.asarray(part), dtype=np.float64))] for part in parts]
+            for name, parts in arrays.items()
+        }
+        return {"layers": repr(self.arch), **sums}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -296,7 +316,7 @@ def distance(
     """
     gap = np.asarray(first, np.float64) - np.asarray(second, np.float64)
     unit = np.sqrt(np.mean(np.sum(np.asarray(targets, np.float64) ** 2, axis=1)))
-    return np.sqrt(np.mean(np.sum(gap**2, axis=-1), axis=-1)) / unit
+    return np.asarray(np.sqrt(np.mean(np.sum(gap**2, axis=-1), axis=-1)) / unit)
 
 
 def meeting_time(times: Float[AnyArray, " t"], distances: Float[AnyArray, " t"], threshold: float = 0.1) -> float:
@@ -305,11 +325,13 @@ def meeting_time(times: Float[AnyArray, " t"], distances: Float[AnyArray, " t"],
     Infinite where they are further apart at the last time; 0 where they never are.
 
     Raises:
-        ValueError: the arrays do not match, or the threshold is not positive.
+        ValueError: the arrays do not match, times do not ascend, or the threshold is not positive.
     """
     times, distances = np.asarray(times, np.float64), np.asarray(distances, np.float64)
     if times.shape != distances.shape or times.ndim != 1 or times.size == 0:
         raise ValueError(f"times and distances must be vectors of one length, got {times.shape}, {distances.shape}.")
+    if np.any(np.diff(times) <= 0):
+        raise ValueError("times must ascend; sort them, with their distances.")
     require_nonnegative("threshold", threshold, strict=True)
     apart = np.flatnonzero(~(distances <= threshold))
     if apart.size == 0:

@@ -67,7 +67,12 @@ class Linearized(eqx.Module):
         x: Float[AnyArray, "n *image"],
         targets: Float[AnyArray, "n c"],
         *,
-        strength: float | Float[AnyArray, " n"] | Float[AnyArray, "n c c"] | Callable[[Any], Any] = 0.0,
+        strength: float
+        | int
+        | Float[AnyArray, ""]
+        | Float[AnyArray, " n"]
+        | Float[AnyArray, "n c c"]
+        | Callable[[Any], Any] = 0.0,
         ntk: Float[AnyArray, "n n c c"] | None = None,
         ark: Float[AnyArray, "n c c"] | None = None,
         max_bytes: int = 2**30,
