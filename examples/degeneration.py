@@ -57,7 +57,7 @@ class Config:
     """Share of the training labels that are wrong."""
     depth: int = 2
     """Hidden layers."""
-    widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    widths: tuple[int, ...] = (64, 128, 256, 512)
     """Widths of the sweep."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the random starts."""
@@ -65,9 +65,9 @@ class Config:
     """Strength of the attack flow, learning rate times length."""
     time: float = 30.0
     """Training time of the sweep."""
-    long_width: int = 512
+    long_width: int = 256
     """Width of the network that is trained for long."""
-    long_time: float = 300.0
+    long_time: float = 100.0
     """Training time of that network."""
     strengths: tuple[float, ...] = (0.03, 0.1, 0.3)
     """Strengths under which it is trained."""

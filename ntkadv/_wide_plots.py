@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -186,12 +187,17 @@ def between(
         left.plot(times[widest][1:], rows.mean(0)[1:], style, color=colour, label=name)
         left.fill_between(times[widest][1:], rows.min(0)[1:], rows.max(0)[1:], color=colour, alpha=0.12, linewidth=0)
     for colour, (width, by) in zip(shades(len(found)), found.items(), strict=True):
-        rows, apart = by["place test"], by["closed form to flow test"].mean(0)
+        apart = by["closed form to flow test"].mean(0)
         # Where the two are one, there is no between.
-        is_apart = apart > 0.2 * apart.max()
+        is_apart = apart > 0.3 * apart.max()
         at = times[width][is_apart]
-        right.plot(at, rows.mean(0)[is_apart], color=colour, marker="o", markersize=3, label=f"width {width}")
-        right.fill_between(at, rows.min(0)[is_apart], rows.max(0)[is_apart], color=colour, alpha=0.15, linewidth=0)
+        for name, style, label in (
+            ("place test", "-", f"network, width {width}"),
+            ("place of the linearisation test", "--", f"its linearisation, width {width}"),
+        ):
+            rows = by[name][:, is_apart]
+            right.plot(at, rows.mean(0), style, color=colour, marker="o", markersize=3, label=label)
+            right.fill_between(at, rows.min(0), rows.max(0), color=colour, alpha=0.12, linewidth=0)
     for level, name in ((0, "true flow"), (1, "closed form")):
         right.axhline(level, color="black", linewidth=0.8, linestyle=":")
         right.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
@@ -199,5 +205,36 @@ def between(
         axes.axvline(switch, color="black", linewidth=0.8, linestyle="-.")
         axes.set_xscale("log")
     finish(left, TIME, DISTANCE, f"width {widest}, test images")
-    finish(right, TIME, "place of the network", "between the true flow and the closed form, test images")
+    finish(right, TIME, "place", "between the true flow and the closed form, test images")
+    right.set_ylim(-1, 2)
+    return figure
+
+
+def sweeps(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Draw distances against what is changed, a panel for each sweep; a cross at the top where training diverged."""
+    names = list(dict.fromkeys(row["sweep"] for row in rows))
+    figure = Figure(figsize=(3.4 * -(-len(names) // 2), 6.6), layout="constrained")
+    grid = figure.subplots(2, -(-len(names) // 2), sharey=True, squeeze=False)
+    looks = {
+        "to own closed form": (BLUE, "o", "-"),
+        "to linearisation, same steps": (GREEN, "D", "-."),
+        "with attacks, to without": (VERMILION, "s", "--"),
+    }
+    for axes, name in zip(grid.ravel(), names, strict=False):
+        found = [row for row in rows if row["sweep"] == name]
+        at = np.arange(len(found))
+        for number, (colour, marker, style) in looks.items():
+            values = np.array([row[number] for row in found])
+            axes.plot(at, values, style, marker=marker, markersize=4, color=colour, label=number)
+        diverged = [i for i, row in enumerate(found) if np.isfinite(row["diverged at step"])]
+        axes.plot(diverged, np.ones(len(diverged)), "x", color="black", markersize=8, clip_on=False,
+                  transform=axes.get_xaxis_transform())  # fmt: skip
+        axes.set_xticks(at, [row["value"] for row in found])
+        axes.set_yscale("log")
+        finish(axes, name, DISTANCE if axes in grid[:, 0] else "", "", legend=False)
+    for axes in grid.ravel()[len(names) :]:
+        axes.set_visible(False)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.suptitle(f"{title} (crosses: diverged)", fontsize=11)
     return figure
