@@ -64,7 +64,7 @@ class Config:
     """Seeds of data and filters."""
     pgd_seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs with PGD on all patches."""
-    pgd_noise: float = 3.6
+    pgd_noise: float = 3.2
     """Norm of a noise patch in units of the signal, where the attack is PGD: it must not erase the noise as well."""
     pgd_delta: float = 0.95
     """Radius of PGD in units of the signal, in the l_2 norm of the whole input."""
@@ -289,30 +289,38 @@ def diagrams(config: Config, distribution: cgro.PatchDistribution, run: na.runs.
     signals = np.geomspace(0.25, 8, config.grid)
     settings: dict[str, Any] = {"steps": config.diagram_steps, "learning_rate": 0.1, "init_std": config.init_std}
     settings |= {"key": jax.random.key(0), "clean_weight": config.clean_weight, "n_test": 300}
-    grid = cgro.phase_diagram(
-        network, distribution, signals=signals, ratios=ratios, n=config.n_train, seeds=2, **settings
-    )
-    run.save("diagram", signals=signals, ratios=ratios, **grid.accuracies)
+
+    def over_signals() -> dict[str, np.ndarray]:
+        grid = cgro.phase_diagram(
+            network, distribution, signals=signals, ratios=ratios, n=config.n_train, seeds=2, **settings
+        )
+        return grid.accuracies
+
+    accuracies = run.cached("diagram", over_signals)
+    grid = cgro.PhaseDiagram(signals, ratios, accuracies, distribution.noise_norm, 2)
     run.figure(
         figures.phase_diagram(grid, title=f"{config.activation}, d = {config.d}, N = {config.n_train}"), "diagram"
     )
 
     counts = [5 * 2**i for i in range(config.grid // 2)]
     dimensions = [30 * 5**i for i in range(config.grid // 2)] if config.grid < 8 else [10, 50, 250, 1250]
-    shape = (len(counts), len(dimensions))
-    accuracies = {name: np.zeros(shape) for name in ACCURACIES}
-    scales = cgro.PatchScales()
-    for i, n in enumerate(tqdm(counts, desc="N and d", leave=False)):
-        for j, d in enumerate(dimensions):
-            here = cgro.PatchDistribution.scaled(d, scales, num_patches=config.patches)
-            one = cgro.phase_diagram(
-                network, here, signals=[here.alpha], ratios=[scales.delta(d) / here.alpha], n=n, seeds=4,
-                progress=False, **settings,
-            )  # fmt: skip
-            for name, values in one.accuracies.items():
-                accuracies[name][i, j] = values[0, 0]
+
+    def over_counts() -> dict[str, np.ndarray]:
+        found = {name: np.zeros((len(counts), len(dimensions))) for name in ACCURACIES}
+        scales = cgro.PatchScales()
+        for i, n in enumerate(tqdm(counts, desc="N and d", leave=False)):
+            for j, d in enumerate(dimensions):
+                here = cgro.PatchDistribution.scaled(d, scales, num_patches=config.patches)
+                ratio = scales.delta(d) / here.alpha
+                one = cgro.phase_diagram(
+                    network, here, signals=[here.alpha], ratios=[ratio], n=n, seeds=2, progress=False, **settings
+                )
+                for name, values in one.accuracies.items():
+                    found[name][i, j] = values[0, 0]
+        return found
+
+    accuracies = run.cached("counts", over_counts)
     holds = cgro.is_cgro(accuracies)
-    run.save("counts", counts=np.array(counts), dimensions=np.array(dimensions), holds=holds, **accuracies)
     run.figure(
         figures.count_diagram(counts, dimensions, accuracies, holds, title=f"{config.activation}, scales of theory"),
         "counts",
