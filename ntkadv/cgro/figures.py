@@ -116,7 +116,10 @@ def count_diagram(
 
 
 def cgro_bars(
-    groups: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]], *, chance: float | None = 0.5, title: str = ""
+    groups: Mapping[str, Mapping[str, Sequence[float | int] | np.ndarray]],
+    *,
+    chance: float | None = 0.5,
+    title: str = "",
 ) -> Figure:
     """Draw the four accuracies of several models, mean over seeds with each seed as a point.
 
@@ -171,8 +174,8 @@ def parameters(
 
 
 def robust_accuracy_by_radius(
-    radii: Sequence[float] | np.ndarray,
-    curves: Mapping[str, Sequence[float] | np.ndarray],
+    radii: Sequence[float | int] | np.ndarray,
+    curves: Mapping[str, Sequence[float | int] | np.ndarray],
     delta: float,
     *,
     title: str = "",
@@ -219,7 +222,7 @@ def _visible(values: np.ndarray) -> np.ndarray:
     return np.where(values > 0, values, np.nan)
 
 
-def _ticks(axes: Axes, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> None:
+def _ticks(axes: Axes, x: Sequence[float | int] | np.ndarray, y: Sequence[float | int] | np.ndarray) -> None:
     axes.set_xticks(range(len(x)), [f"{value:.3g}" for value in x], fontsize=8)
     axes.set_yticks(range(len(y)), [f"{value:.4g}" for value in y], fontsize=8)
 

@@ -194,7 +194,7 @@ def flatness_curves(
     model: Model,
     train: tuple[Float[AnyArray, "n h w c"], Int[AnyArray, " n"]],
     test: tuple[Float[AnyArray, "m h w c"], Int[AnyArray, " m"]],
-    radii: Sequence[float] | Float[np.ndarray, " R"],
+    radii: Sequence[float | int] | Float[np.ndarray, " R"],
     *,
     key: Key[Array, ""],
     settings: Flatness | None = None,
