@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,16 +37,12 @@ from ntkadv.kernels.empirical import Params, empirical_ark, empirical_ntk
 from ntkadv.kernels.gram import gram
 from ntkadv.runs import load_checkpoint, save_checkpoint
 from ntkadv.training.attack_flow import AttackFlowTraining
-from ntkadv.training.linearize import Linearized, linearize
+from ntkadv.training.linearize import Linearized, Strength, linearize
 from ntkadv.training.loop import TrainedNetwork, train
 from ntkadv.training.method import Method
 from ntkadv.training.standard import StandardTraining
 
 __all__ = ["Outputs", "WideNetwork", "distance", "meeting_time"]
-
-Strength: TypeAlias = (
-    float | int | Float[AnyArray, ""] | Float[AnyArray, " n"] | Float[AnyArray, "n c c"] | Callable[[Any], Any]
-)
 
 
 class Outputs(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -23,7 +23,12 @@ from ntkadv.architectures.base import Architecture
 from ntkadv.dynamics.linear import LinearDynamics, attack_rates
 from ntkadv.kernels.empirical import Network, Params, empirical_ark, empirical_ntk, ntk_product
 
-__all__ = ["Linearized", "linearize"]
+__all__ = ["Linearized", "Strength", "linearize"]
+
+Strength: TypeAlias = (
+    float | Float[AnyArray, ""] | Float[AnyArray, " n"] | Float[AnyArray, "n c c"] | Callable[[Any], Any]
+)
+"""Strength of an attack flow: a number, one for each image, a matrix for each, or a function of time."""
 
 
 def linearize(network: Architecture | Network, params: Params) -> Linearized:
