@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -66,7 +67,8 @@ def empirical_ntk(
 
     Raises:
         TypeError, ValueError: an argument is none of these, or the outputs have another shape or are not finite.
-        MemoryError: the Jacobian of one image exceeds `max_bytes`, or the result what the machine has available.
+        MemoryError: the Jacobian of one image, or one gradient for `"products"`, exceeds `max_bytes`; or the result
+            what the machine has available.
 
     Source: Novak, Sohl-Dickstein & Schoenholz, ICML 2022, arXiv 2206.08720.
     """
@@ -83,15 +85,20 @@ def empirical_ntk(
     entry = int(np.prod(tail, dtype=int)) * size.dtype.itemsize
     require_memory("The kernel", len(x1) * len(other) * entry, "Ask for outputs='trace', or for fewer images.")
     chosen = method or _cheaper(f, params, x1, size, outputs)
-    tile = _tile(size, chosen, max_bytes)
+    tile, together = _tile(size, chosen, max_bytes)
+    blocks = _Jacobians(f, params, outputs == "trace") if chosen == "jacobian" else None
     kernel = np.empty((len(x1), len(other), *tail), size.dtype)
     steps = list(_pairs(len(x1), len(other), tile, symmetric=x2 is None))
     for rows, columns in tqdm(steps, desc="empirical NTK", disable=not progress or len(steps) < 2, leave=False):
         left, right = _padded(x1, rows, tile), _padded(other, columns, tile)
-        block = np.asarray(_BLOCKS[chosen](f, outputs == "trace", params, left, right))
+        is_own = x2 is None and rows == columns
+        if blocks is None:
+            block = np.asarray(_by_products(f, outputs == "trace", together, params, left, right))
+        else:
+            block = np.asarray(blocks(rows.start, left, None if is_own else right))
         block = block[: rows.stop - rows.start, : columns.stop - columns.start]
         kernel[rows, columns] = block
-        if x2 is None and rows != columns:
+        if x2 is None and not is_own:
             kernel[columns, rows] = np.swapaxes(np.moveaxis(block, 0, 1), -1, -2) if tail else block.T
     require_finite("the kernel", kernel)
     return kernel
@@ -199,16 +206,27 @@ def _cheaper(f: Network, params: Params, x: AnyArray, size: _Size, outputs: Outp
     return "products" if 3 * forward * size.classes < contraction else "jacobian"
 
 
-def _tile(size: _Size, method: Method, max_bytes: int) -> int:
-    one = size.classes * size.params * size.dtype.itemsize
-    # Two Jacobians and a copy while they are made; or the gradients of one image, and what runs along them.
+def _tile(size: _Size, method: Method, max_bytes: int) -> tuple[int, int]:
+    """Give how many images a tile has on a side, and of how many outputs gradients are taken at once."""
+    gradient = size.params * size.dtype.itemsize
+    if method == "products":
+        # A gradient, and the change of the weights along it; those of one image only, however many the tile has.
+        together = min(max_bytes // (3 * gradient), size.classes)
+        if together < 1:
+            raise MemoryError(
+                f"One gradient, of {size.params} parameters, takes {gradient} bytes, three times over; max_bytes is "
+                f"{max_bytes}. Raise it, or use ntk_product."
+            )
+        return 64, together
+    one = size.classes * gradient
+    # Two Jacobians and a copy while they are made.
     tile = max_bytes // (3 * one)
     if tile < 1:
         raise MemoryError(
             f"The Jacobian of one image, {size.classes} outputs by {size.params} parameters, takes {one} bytes, three "
-            f"times over; max_bytes is {max_bytes}. Raise it, or use ntk_product."
+            f"times over; max_bytes is {max_bytes}. Raise it, or use ntk_product, or method='products'."
         )
-    return min(tile, 64 if method == "products" else 128)
+    return min(tile, 128), size.classes
 
 
 def _pairs(rows: int, columns: int, tile: int, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:
@@ -235,16 +253,49 @@ def _jacobian(f: Network, params: Params, x: Array) -> list[Array]:
     return [leaf.reshape(len(x), classes, -1) for leaf in leaves]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _by_jacobians(f: Network, trace: bool, params: Params, x1: Array, x2: Array) -> Array:
-    sides = zip(_jacobian(f, params, x1), _jacobian(f, params, x2), strict=True)
+class _Jacobians:
+    """Blocks of the kernel by Jacobians; that of the left side is kept while a row of tiles is worked through."""
+
+    def __init__(self, f: Network, params: Params, trace: bool):
+        self.f, self.params, self.trace = f, params, trace
+        self.row, self.left = -1, []
+
+    def __call__(self, row: int, left: Array, right: Array | None) -> Array:
+        """Compute the block of two sides, or of the left one with itself."""
+        if row != self.row:
+            self.left = []  # before the next is made
+            self.row, self.left = row, _jacobians(self.f, self.params, left)
+        if right is None:
+            return _contracted_with_itself(self.trace, self.left)
+        return _contracted(self.trace, self.left, _jacobians(self.f, self.params, right))
+
+
+_jacobians = jax.jit(_jacobian, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _contracted(trace: bool, left: list[Array], right: list[Array]) -> Array:
     equation = "nkp,mkp->nm" if trace else "njp,mkp->nmjk"
-    total = sum(jnp.einsum(equation, left, right, precision="highest") for left, right in sides)
-    return jnp.asarray(total) / (jax.eval_shape(f, params, x1).shape[1] if trace else 1)
+    total = sum(jnp.einsum(equation, one, other, precision="highest") for one, other in zip(left, right, strict=True))
+    return jnp.asarray(total) / (left[0].shape[1] if trace else 1)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _by_products(f: Network, trace: bool, params: Params, x1: Array, x2: Array) -> Array:
+@partial(jax.jit, static_argnums=0)
+def _contracted_with_itself(trace: bool, jacobian: list[Array]) -> Array:
+    """Contract by four strips, each from the diagonal on: five eighths of the work; the rest is their mirror image."""
+    n, classes = jacobian[0].shape[:2]
+    edges = np.unique(np.linspace(0, n, 5).astype(int)).tolist()
+    block = jnp.zeros((n, n) if trace else (n, n, classes, classes), jacobian[0].dtype)
+    for a, b in pairwise(edges):
+        strip = _contracted(trace, [leaf[a:b] for leaf in jacobian], [leaf[a:] for leaf in jacobian])
+        mirrored = jnp.swapaxes(strip[:, b - a :], 0, 1)
+        block = block.at[a:b, a:].set(strip)
+        block = block.at[b:, a:b].set(mirrored if trace else jnp.swapaxes(mirrored, 2, 3))
+    return block
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _by_products(f: Network, trace: bool, together: int, params: Params, x1: Array, x2: Array) -> Array:
     classes = jax.eval_shape(f, params, x1).shape[1]
 
     def column(image: Array) -> Array:
@@ -256,13 +307,10 @@ def _by_products(f: Network, trace: bool, params: Params, x1: Array, x2: Array) 
             return change @ basis if trace else change
 
         with jax.default_matmul_precision("highest"):
-            changes = jax.vmap(along)(jnp.eye(classes, dtype=outputs.dtype))
+            changes = jax.lax.map(along, jnp.eye(classes, dtype=outputs.dtype), batch_size=together)
         return jnp.mean(changes, axis=0) if trace else jnp.transpose(changes, (1, 2, 0))
 
     return jnp.moveaxis(jax.lax.map(column, x2), 0, 1)
-
-
-_BLOCKS = {"jacobian": _by_jacobians, "products": _by_products}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -276,7 +324,7 @@ def _each(f: Network, params: Params, x: AnyArray, max_bytes: int, own: Callable
     """Compute a kernel of each image with itself, as many at a time as `max_bytes` allows."""
     require_int("max_bytes", max_bytes, minimum=1)
     size = _size_of(f, params, x, "x")
-    tile = min(_tile(size, "jacobian", max_bytes), len(x))
+    tile = min(_tile(size, "jacobian", max_bytes)[0], len(x))
     blocks = [
         np.asarray(own(f, params, _padded(x, slice(i, min(i + tile, len(x))), tile)))[: len(x) - i]
         for i in range(0, len(x), tile)
