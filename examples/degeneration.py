@@ -161,7 +161,11 @@ def sweep(config: Config, data: na.Dataset, run: na.runs.Run) -> tuple[np.ndarra
     pairs = itertools.product(config.widths, config.seeds)
     networks = {(width, seed): build(config, data, width, seed, run) for width, seed in pairs}
     attacked = AttackFlowTraining(config.strength, reduction="sum", steps=1)
-    rate = config.rate * min(network.max_learning_rate(attacked) for network in networks.values())
+
+    def smallest() -> dict[str, np.ndarray]:
+        return {"rate": np.asarray(min(network.max_learning_rate(attacked) for network in networks.values()))}
+
+    rate = config.rate * float(run.cached("rate", smallest)["rate"])
     grid = np.concatenate([[0], np.geomspace(2 * rate, config.time, 24)])
 
     def measure(network: WideNetwork) -> dict[str, np.ndarray]:
