@@ -8,6 +8,7 @@
 5. The same data under the NTK: the kernel fitted to clean samples, to clean and attacked ones, and Adv-NTK.
 
     python examples/cgro_dynamics.py
+    python examples/cgro_dynamics.py --counts --output runs/cgro_counts                # the diagram over N and d, too
     python examples/cgro_dynamics.py --activation cubic --output runs/cgro_cubic
 
 A run that was stopped goes on where it was when the same command is given again.
@@ -74,7 +75,9 @@ class Config:
     pgd_steps: int = 2000
     """Steps of gradient descent against PGD."""
     sweeps: bool = True
-    """Make the table of transition times and the phase diagrams."""
+    """Make the table of transition times and the diagram over signal and radius."""
+    counts: bool = False
+    """Make the diagram over N and d, too; it takes another minute."""
     grid: int = 8
     """Points on each axis of the diagram over signal and radius; half as many over N and d."""
     diagram_steps: int = 8000
@@ -301,7 +304,8 @@ def diagrams(config: Config, distribution: cgro.PatchDistribution, run: na.runs.
     run.figure(
         figures.phase_diagram(grid, title=f"{config.activation}, d = {config.d}, N = {config.n_train}"), "diagram"
     )
-
+    if not config.counts:
+        return
     counts = [5 * 2**i for i in range(config.grid // 2)]
     dimensions = [30 * 5**i for i in range(config.grid // 2)] if config.grid < 8 else [10, 50, 250, 1250]
 

@@ -35,6 +35,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_dynamics_leave_phases_and_accuracies(tmp_path):
     example = load_example("cgro_dynamics")
     printed = run_main(example, example.Config(**SMALL, sweeps=False, kernel=False, output=tmp_path))
@@ -49,7 +50,7 @@ def test_dynamics_leave_phases_and_accuracies(tmp_path):
 @pytest.mark.slow
 def test_dynamics_leave_diagrams_and_kernels_too(tmp_path):
     example = load_example("cgro_dynamics")
-    run_main(example, example.Config(**SMALL, output=tmp_path))
+    run_main(example, example.Config(**SMALL, counts=True, output=tmp_path))
     for figure in ("diagram", "counts"):
         assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "accuracies.json").read_text())
@@ -69,6 +70,7 @@ def judged(example, results):
             assert (robust <= clean).all()
 
 
+@pytest.mark.slow
 @pytest.mark.loose_promotion  # optax
 def test_representation_leaves_table_and_figures_and_goes_on(tmp_path, monkeypatch):
     example = load_example("cgro_representation")
