@@ -41,6 +41,7 @@ from ntkadv.wide import Outputs, WideNetwork, WideRun, distance, meeting_time
 
 Part = Literal["train", "test"]
 PARTS: tuple[Part, ...] = ("train", "test")
+APART = "with attacks to without"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,8 @@ def main(config: Config) -> None:
     times, gaps = sweep(config, data, run)
     shown = {name: found for name, found in gaps.items() if name.startswith("with attacks") and name.endswith("test")}
     run.figure(wide_plots.gaps_over_time(times, shown), "distance_over_time")
-    largest = {name: {width: rows.max(1) for width, rows in by_width.items()} for name, by_width in gaps.items()}
+    largest = {name: {w: r.max(1) for w, r in by.items()} for name, by in gaps.items() if not name.startswith(APART)}
+    last = {name: {w: r[:, -1] for w, r in by.items()} for name, by in gaps.items() if name.startswith(APART)}
     panels = {
         f"{part} images": {k.removesuffix(f", {part}"): v for k, v in largest.items() if k.endswith(f", {part}")}
         for part in PARTS
@@ -108,8 +110,9 @@ def main(config: Config) -> None:
     laws = {}
     if len(config.widths) > 1:
         at = np.repeat(config.widths, len(config.seeds))
-        laws = {name: na.power_law(at, np.concatenate([*rows.values()])) for name, rows in largest.items()}
-    console.print(table_of(largest, laws))
+        laws = {name: na.power_law(at, np.concatenate([*rows.values()])) for name, rows in (largest | last).items()}
+    console.print(table_of(largest, laws, "largest distance over time"))
+    console.print(table_of(last, laws, f"distance at t = {config.time:g}"))
 
     console.print("2. long training")
     network = build(config, data, config.long_width, config.seeds[0], run)
@@ -136,7 +139,7 @@ def main(config: Config) -> None:
         "results",
         {
             "environment": na.runs.environment(), "config": settings,
-            "times": times, "gaps": gaps, "largest": largest, "slopes": laws,
+            "times": times, "gaps": gaps, "largest": largest, "last": last, "slopes": laws,
             "long": {"times": long_times, "distance": curves, "strengths": strengths, "meeting": meetings},
             "accuracy": accuracy, "best_robust_at": best,
             "kernels": {name: movement.to_dict() for name, movement in moved.items()},
@@ -153,7 +156,7 @@ def build(config: Config, data: na.Dataset, width: int, seed: int, run: na.runs.
 
 
 def sweep(config: Config, data: na.Dataset, run: na.runs.Run) -> tuple[np.ndarray, dict[str, dict[int, np.ndarray]]]:
-    """Measure distances to every prediction at every time, (seeds, times) for each width.
+    """Measure distances to every prediction, and of training with attacks to that without: (seeds, times) a width.
 
     All networks share the learning rate, a share of what the fastest of them allows, so that they are seen at the same
     times.
@@ -169,7 +172,7 @@ def sweep(config: Config, data: na.Dataset, run: na.runs.Run) -> tuple[np.ndarra
     grid = np.concatenate([[0], np.geomspace(2 * rate, config.time, 24)])
 
     def measure(network: WideNetwork) -> dict[str, np.ndarray]:
-        found = {}
+        found, seen = {}, []
         for kind, method, strength in (
             ("without", StandardTraining(reduction="sum"), 0.0),
             ("with attacks", attacked, config.strength),
@@ -185,8 +188,12 @@ def sweep(config: Config, data: na.Dataset, run: na.runs.Run) -> tuple[np.ndarra
             for name, predicted in predictions.items():
                 for part in PARTS:
                     found[f"{kind}: {name}, {part}"] = gap(real, predicted, part, network)
-            found["times"] = real.times
-        return found
+            seen.append((real, predictions["own closed form"]))
+        (plain, plain_theory), (real, theory) = seen
+        for part in PARTS:
+            found[f"{APART}: network, {part}"] = gap(real, plain, part, network)
+            found[f"{APART}: closed form, {part}"] = gap(theory, plain_theory, part, network)
+        return found | {"times": real.times}
 
     gaps: dict[str, dict[int, list[np.ndarray]]] = {}
     times = grid
@@ -295,13 +302,13 @@ def gap(first: Outputs, second: Outputs, part: Part, network: WideNetwork) -> np
     return distance(getattr(first, part), getattr(second, part), network.data.targets_train)
 
 
-def table_of(largest: Mapping[str, Mapping[int, np.ndarray]], laws: Mapping[str, na.PowerLaw]) -> Table:
-    """Largest distances over time, mean over seeds, and slopes against the width."""
-    table = Table(title="largest distance over time, in units of the targets (mean over seeds)")
-    widths = list(next(iter(largest.values())))
-    for column in ("training, prediction, images", *map(str, widths), "slope [95%]"):
+def table_of(found: Mapping[str, Mapping[int, np.ndarray]], laws: Mapping[str, na.PowerLaw], title: str) -> Table:
+    """Distances for each width, mean over seeds, and slopes against the width."""
+    table = Table(title=f"{title}, in units of the targets (mean over seeds)")
+    widths = list(next(iter(found.values())))
+    for column in ("training: prediction, images", *map(str, widths), "slope [95%]"):
         table.add_column(column)
-    for name, by_width in largest.items():
+    for name, by_width in found.items():
         table.add_row(name, *(f"{by_width[w].mean():.3f}" for w in widths), str(laws.get(name, "")))
     return table
 

@@ -50,7 +50,8 @@ def test_degeneration_measures_every_distance_and_goes_on(tmp_path, monkeypatch)
     ):
         assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
     found = results(tmp_path)
-    assert len(found["gaps"]) == 2 * 2 * 2 + 2  # with and without attacks, two predictions and one more, two parts
+    # With and without attacks, two predictions each, and one more with; with to without, network and theory; two parts.
+    assert len(found["gaps"]) == (2 * 2 + 1 + 2) * 2
     assert {len(rows) for by_width in found["gaps"].values() for rows in by_width.values()} == {2}
     # At the beginning nothing has been predicted yet, in the end the closed forms with and without attacks are one.
     assert max(row[0] for by_width in found["gaps"].values() for rows in by_width.values() for row in rows) < 1e-5
