@@ -59,7 +59,7 @@ class Settings:
     """Steps of PGD; 0 is training without attacks."""
     seconds: float = 3.0
     """About how long a side is measured at a time."""
-    kernels: tuple[str, ...] = ("mlp-3-512-16", "mlp-3-512-64", "mlp-3-2048-16", "cnn-3-32-16", "cnn-3-32-48")
+    kernels: tuple[str, ...] = ("mlp-3-512-16", "mlp-3-512-64", "cnn-3-32-16", "cnn-3-32-32")
     """Networks whose NTK is computed: kind, depth, width, images."""
     repeats: int = 5
     """How often each side is measured."""
@@ -86,7 +86,8 @@ def main(settings: Settings) -> int:
     console = Console()
     result: dict[str, Any] = {
         "command": command_line(),
-        "environment": na.runs.environment() | {"torch": na.runs.package_version("torch"), "load": os.getloadavg()},
+        "environment": na.runs.environment()
+        | {"torch": na.runs.package_version("torch"), "load": os.getloadavg(), "cores": _cores()},
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "output"},
         "skipped": {},
         "training": [],
@@ -100,16 +101,23 @@ def main(settings: Settings) -> int:
     if "training" in settings.parts:
         for name in settings.networks:
             for steps in settings.attack_steps:
+                console.print(f"training: {name}, {steps} steps of attack")
                 result["training"].append(training(settings, name, steps, result["skipped"]))
                 save()
     if "ntk" in settings.parts:
         for name in settings.kernels:
+            console.print(f"kernel: {name}")
             result["ntk"].append(kernel(settings, name))
             save()
     console.print(*tables(result), f"saved to {settings.output}", sep="\n")
     for side, reason in result["skipped"].items():
         console.print(f"not measured: {side}: {reason}")
     return 0 if all(row["apart"] < 1e-3 for row in (*result["training"], *result["ntk"])) else 1
+
+
+def _cores() -> int | None:
+    """Count the cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def build(name: str, settings: Settings) -> tuple[na.architectures.Network, Any]:

@@ -28,6 +28,9 @@ Network = Callable[[Params, Array], Array]
 Outputs = Literal["full", "trace"]
 Method = Literal["jacobian", "products"]
 
+_STRIPPED = 32
+"""Images from which on a symmetric block is computed by halves."""
+
 
 def empirical_ntk(
     f: Network,
@@ -94,9 +97,7 @@ def empirical_ntk(
         is_own = x2 is None and rows == columns
         if blocks is None:
             static = (f, outputs == "trace", together, params)
-            # On few images a gradient costs more than what is done with it: no pass is spared by halving the columns.
-            by_strips = is_own and len(left) >= 32
-            block = np.asarray(_own_by_products(*static, left) if by_strips else _by_products(*static, left, right))
+            block = np.asarray(_own_by_products(*static, left) if is_own else _by_products(*static, left, right))
         else:
             block = np.asarray(blocks(rows.start, left, None if is_own else right))
         block = block[: rows.stop - rows.start, : columns.stop - columns.start]
@@ -203,7 +204,7 @@ def _size_of(f: Network, params: Params, x: AnyArray, name: str) -> _Size:
 def _cheaper(f: Network, params: Params, x: AnyArray, size: _Size, outputs: Outputs) -> Method:
     """Count the operations for a pair of images: products of Jacobians, or three passes for each output."""
     image = jax.ShapeDtypeStruct((1, *size.shape), x.dtype)
-    cost = jax.jit(f).lower(params, image).compile().cost_analysis()
+    cost = jax.jit(f).lower(params, image).cost_analysis()
     forward = (cost or {}).get("flops", float("inf"))
     contraction = 2 * size.params * size.classes ** (2 if outputs == "full" else 1)
     return "products" if 3 * forward * size.classes < contraction else "jacobian"
@@ -294,12 +295,14 @@ def _contracted_with_itself(trace: bool, jacobian: list[Array]) -> Array:
 def _mirrored(trace: bool, n: int, strip: Callable[[int, int], Array]) -> Array:
     """Put a symmetric block together of four strips, each from the diagonal on: five eighths of the work.
 
+    Few images are one strip: there what is read costs more than what is computed.
+
     Args:
         trace: Whether the block is (n, n), not (n, n, c, c).
         n: Number of images.
         strip: Gives the rows a, ..., b - 1 from column a on.
     """
-    edges = np.unique(np.linspace(0, n, 5).astype(int)).tolist()
+    edges = np.linspace(0, n, 5 if n >= _STRIPPED else 2).astype(int).tolist()
     rows: list[Array] = []
     for a, b in pairwise(edges):
         upper = strip(a, b)

@@ -28,7 +28,7 @@ def problem(n):
     return params, x, np.einsum("njp,mkp->nmjk", jacobian, jacobian)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("n", [1, 3, 32, 35])
 @pytest.mark.parametrize("outputs", ["full", "trace"])
 def test_the_strips_of_a_symmetric_kernel_cover_it(n, outputs, x64):
     params, x, exact = problem(n)
