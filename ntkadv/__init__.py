@@ -4,12 +4,13 @@ The rooms: `architectures` (one definition, finite network and infinite-width ke
 `dynamics` (closed forms), `attacks`, `adv_ntk`, `evaluation`, `runs` and `plots`. See the README for the whole house.
 """
 
-from ntkadv import architectures, attacks, dynamics, kernels, plots, runs, training
+from ntkadv import architectures, attacks, cgro, dynamics, kernels, plots, runs, training
 from ntkadv.adv_ntk import AdvNTKFit, fit_adv_ntk
 from ntkadv.curves import AccuracyCurves, accuracy_curves
 from ntkadv.data import Dataset, DatasetNotFoundError, load_dataset, targets
 from ntkadv.dynamics import RidgeRegression, TrainingDynamics
 from ntkadv.evaluation import Evaluation, Report, compare, evaluate
+from ntkadv.features import Eigenfeatures, FeatureRobustness, feature_robustness
 from ntkadv.kernels import gram
 from ntkadv.predictors import KernelPredictor
 from ntkadv.runs import package_version
@@ -25,7 +26,9 @@ __all__ = [
     "AdvNTKFit",
     "Dataset",
     "DatasetNotFoundError",
+    "Eigenfeatures",
     "Evaluation",
+    "FeatureRobustness",
     "KernelPredictor",
     "McNemar",
     "PowerLaw",
@@ -38,9 +41,11 @@ __all__ = [
     "accuracy_curves",
     "architectures",
     "attacks",
+    "cgro",
     "compare",
     "dynamics",
     "evaluate",
+    "feature_robustness",
     "fit_adv_ntk",
     "gram",
     "kernels",
