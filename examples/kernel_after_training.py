@@ -393,7 +393,7 @@ def verdict(config: Config, correct: Mapping[str, np.ndarray]) -> list[str]:
         "... than the kernel of the random start": (
             correct["kernel, adversarial"][:, -1, 1], correct["kernel, adversarial"][:, 0, 1],
         ),
-        "Clean training on top hurts robustness less with the kernel held fixed (lazy) than with all moving (full)": (
+        "Clean training on top ends more robust with the kernel held fixed (lazy) than with all moving (full)": (
             correct["lazy on top"][:, -1, 1], correct["full on top"][:, -1, 1],
         ),
     }  # fmt: skip
