@@ -59,8 +59,8 @@ class Settings:
     """Hidden layers, or convolutions."""
     strength: float = 0.01
     """Strength of the attack flow, for kernels of mean diagonal 1."""
-    rate: float = 0.5
-    """Learning rate, as a share of what the theory allows the fastest network of a case."""
+    rate: float = 0.3
+    """Learning rate, a share of what infinite width allows; a network that it is too fast for is noted."""
     steps: int = 3000
     """Steps of training."""
     looks: int = 20

@@ -113,8 +113,8 @@ def test_training_and_kernels_are_measured_and_agree(tmp_path):
 
 
 SMALL = [
-    "--cases", "mlp-digits", "cnn-digits", "--widths", 8, 32, 128, "--channels", 2, 4, "--seeds", 0, 1, "--n-train", 8,
-    "--n-test", 6, "--depth", 1, "--steps", 30, "--looks", 4,
+    "--cases", "mlp-digits", "cnn-digits", "--widths", 8, 32, 128, "--channels", 16, 32, "--seeds", 0, 1,
+    "--n-train", 8, "--n-test", 6, "--depth", 1, "--steps", 30, "--looks", 4, "--rate", 0.2,
 ]  # fmt: skip
 
 
@@ -165,5 +165,5 @@ def test_the_learning_rate_is_a_share_of_what_the_infinite_width_kernel_allows(l
     arch = case.build(64)
     kernel = np.asarray(arch.ntk(jnp.asarray(case.data.x_train), jnp.asarray(case.data.x_train)), float)
     attack = np.exp(0.02 * float(arch.ark(case.data.x_train)[0]))
-    assert case.rate == pytest.approx(0.5 * 2 / (np.linalg.norm(kernel, 2) * attack), rel=1e-4)
+    assert case.rate == pytest.approx(0.3 * 2 / (np.linalg.norm(kernel, 2) * attack), rel=1e-4)
     np.testing.assert_allclose(case.times / case.rate, [1, 3, 10])
