@@ -34,8 +34,8 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 import ntkadv as na
-from ntkadv import _wide_plots as wide_plots
 from ntkadv.kernels import KernelMovement
+from ntkadv.plots import wide as wide_plots
 from ntkadv.training import AttackFlowTraining, StandardTraining
 from ntkadv.wide import Outputs, WideNetwork, WideRun, distance, meeting_time
 

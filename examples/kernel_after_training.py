@@ -38,8 +38,8 @@ from rich.console import Console
 from rich.table import Table
 
 import ntkadv as na
-from ntkadv import _after_plots as after_plots
 from ntkadv.kernels import KernelMovement, cosine_distance, empirical_ntk, kernel_movement
+from ntkadv.plots import after as after_plots
 from ntkadv.training import Linearized, PGDTraining, StandardTraining, linearize, train
 
 KINDS = ("standard", "adversarial")

@@ -31,8 +31,8 @@ from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
 import ntkadv as na
-from ntkadv import _feature_plots as plots
 from ntkadv.features import Eigenfeatures, FeatureRobustness, feature_robustness
+from ntkadv.plots import features as plots
 
 
 @dataclasses.dataclass(frozen=True)

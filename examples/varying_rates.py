@@ -32,7 +32,7 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 import ntkadv as na
-from ntkadv import _wide_plots as wide_plots
+from ntkadv.plots import wide as wide_plots
 from ntkadv.training import AttackFlowTraining
 from ntkadv.wide import Outputs, WideNetwork, distance
 

@@ -29,8 +29,8 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 import ntkadv as na
-from ntkadv import _wide_plots as wide_plots
 from ntkadv.architectures import Erf, Gelu, Relu
+from ntkadv.plots import wide as wide_plots
 from ntkadv.training import AttackFlowTraining, DivergenceError, Method, PGDTraining, StandardTraining, attack_flow
 from ntkadv.wide import WideNetwork, distance
 

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from ntkadv.cgro.dynamics import Trajectory
 from ntkadv.cgro.phases import PhaseTimes
 from ntkadv.cgro.sweeps import PhaseDiagram
-from ntkadv.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION
+from ntkadv.plots.style import BLUE, GREEN, ORANGE, PURPLE, VERMILION
 
 __all__ = ["cgro_bars", "count_diagram", "parameters", "phase_diagram", "robust_accuracy_by_radius", "three_phases"]
 

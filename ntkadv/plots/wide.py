@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ntkadv.kernels.movement import KernelMovement
-from ntkadv.plots import BLUE, GREEN, PURPLE, VERMILION, finish
+from ntkadv.plots.style import BLUE, GREEN, PURPLE, VERMILION, finish
 from ntkadv.statistics import power_law
 
 TIME = "training time t (unit 1 / kernel)"

@@ -1,4 +1,4 @@
-"""Figures of features and of what transfers, in the style of `plots`; for the example that makes them."""
+"""Figures of features and of what transfers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ntkadv._typing import AnyArray
 from ntkadv.features import FeatureRobustness
-from ntkadv.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILION
+from ntkadv.plots.style import BLUE, GREEN, ORANGE, PURPLE, VERMILION, finish
 from ntkadv.transfer import TransferMatrix
 
 __all__ = ["eigenfeatures", "learning", "perturbations", "transfer_bars", "usefulness"]
@@ -43,7 +43,7 @@ def usefulness(
             numbers, values, errors, color=colour, marker=marker, linestyle=line, markersize=4, capsize=2, label=label
         )
     left.axhline(0, color="black", linewidth=0.8)
-    _finish(left, "feature k, by falling eigenvalue", "correlation with labels, 95% intervals", "single features")
+    finish(left, "feature k, by falling eigenvalue", "correlation with labels, 95% intervals", "single features")
     left.set_xscale("log")
 
     places = np.arange(len(bands.ranges))
@@ -55,7 +55,7 @@ def usefulness(
         )  # fmt: skip
     ticks = [f"{a + 1}-{b}" for a, b in bands.ranges]
     middle.set_xticks(places, ticks, rotation=40, ha="right", rotation_mode="anchor")
-    _finish(middle, "features", "accuracy, 95% intervals", "bands of features, each for itself")
+    finish(middle, "features", "accuracy, 95% intervals", "bands of features, each for itself")
 
     ends = leading.ranges[:, 1]
     for attacked in (False, True):
@@ -66,7 +66,7 @@ def usefulness(
             capsize=2, label="attacked" if attacked else "clean",
         )  # fmt: skip
     right.set_xscale("log")
-    _finish(right, "number of leading features kept", "accuracy, 95% intervals", "the NTK cut off")
+    finish(right, "number of leading features kept", "accuracy, 95% intervals", "the NTK cut off")
     for axes in (middle, right):
         axes.set_ylim(0, 1.02)
     figure.suptitle(f"{title}\n{single.attack}, {single.norm} eps = {single.eps:.3g}", fontsize=11)
@@ -96,7 +96,7 @@ def learning(
             axes.plot(times, shares[:, i], color=_shade(shade), linewidth=1.6, label=f"{start + 1}-{stop}")
         axes.axhline(1, color="black", linewidth=0.6)
         axes.set_xscale("log")
-        _finish(axes, units[name], "share of the labels that is learnt" if axes is grid[0] else "", name, legend=False)
+        finish(axes, units[name], "share of the labels that is learnt" if axes is grid[0] else "", name, legend=False)
         axes.set_ylim(-0.1, 1.2)
     grid[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), title="features")
     figure.suptitle(title, fontsize=11)
@@ -125,7 +125,7 @@ def transfer_bars(matrix: TransferMatrix, *, free: Sequence[str], title: str = "
             axes.text(place, top + 0.015, f"{value:.2f}", ha="center", fontsize=8)
         axes.set_xticks(places, matrix.sources, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
         y = f"accuracy on {matrix.n} images, {100 * matrix.confidence:g}% intervals" if j == 0 else ""
-        _finish(axes, "images perturbed against", y, f"shown to: {target}", legend=False)
+        finish(axes, "images perturbed against", y, f"shown to: {target}", legend=False)
         axes.set_ylim(0, 1.1)
     attack = f"{matrix.attack['name']}, {matrix.attack['norm']} eps = {matrix.attack['eps']:.3g}"
     figure.suptitle(f"{title}\n{attack}; hatched: a trained network" if title else attack, fontsize=11)
@@ -198,14 +198,3 @@ def _show_signed(axes: Axes, change: AnyArray) -> None:
         axes.imshow(np.clip(0.5 + 0.5 * values, 0, 1), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
-
-
-def _finish(axes: Axes, x: str, y: str, title: str, *, legend: bool = True) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if legend:
-        axes.legend(fontsize=8, frameon=False)

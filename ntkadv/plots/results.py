@@ -1,7 +1,4 @@
-"""Figures from results, and nothing else: every function takes what was measured and returns a matplotlib `Figure`.
-
-The colours are those of Okabe & Ito, which people with any colour vision tell apart; lines differ in style as well.
-"""
+"""Figures of predictors under attack: accuracies over time and eps, tables, transfer, images."""
 
 from __future__ import annotations
 
@@ -15,17 +12,13 @@ from matplotlib.figure import Figure
 
 from ntkadv._typing import AnyArray
 from ntkadv.curves import AccuracyCurves
+from ntkadv.plots.style import BLUE, GREEN, STYLES, VERMILION, finish, legend_beside, one_panel
 from ntkadv.report import Report
 from ntkadv.selection import RobustnessPath
 from ntkadv.statistics import wilson_interval
 from ntkadv.transfer import TransferMatrix
 
 __all__ = [
-    "BLUE",
-    "GREEN",
-    "ORANGE",
-    "PURPLE",
-    "VERMILION",
     "accuracy_curves",
     "adv_ntk_progress",
     "image_strip",
@@ -33,20 +26,6 @@ __all__ = [
     "robustness",
     "transfer_matrix",
 ]
-
-BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
-
-_STYLES = (
-    (BLUE, "o", "-"),
-    (VERMILION, "s", "--"),
-    (GREEN, "D", "-."),
-    (PURPLE, "^", ":"),
-    (ORANGE, "v", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
-    ("#56B4E9", "P", (0, (8, 2))),
-    ("black", "X", (0, (1, 1))),
-    ("#7F7F7F", "*", (0, (4, 1, 1, 1))),
-)
-"""Colour, marker and line of each of up to eight curves; no two share any."""
 
 
 def over_time(
@@ -66,7 +45,7 @@ def over_time(
         title: above the axes.
         label: of the horizontal axis.
     """
-    figure, axes = _axes(6.4, 4.0)
+    figure, axes = one_panel(6.4, 4.0)
     curves = (
         ("clean", path.clean, limit and limit.clean, BLUE, "-", "o"),
         ("robust", path.robust, limit and limit.robust, VERMILION, "--", "s"),
@@ -137,10 +116,10 @@ def robustness(report: Report, *, title: str = "") -> Figure:
     """Draw each model's accuracies, clean, under each attack and in the worst case, with their intervals."""
     columns = list(report.columns)
     models = list(report.models)
-    figure, axes = _axes(3.2 + 1.5 * len(models), 4.0)
+    figure, axes = one_panel(3.2 + 1.5 * len(models), 4.0)
     width = 0.8 / len(columns)
     for j, column in enumerate(columns):
-        colour, marker, _ = _STYLES[j % len(_STYLES)]
+        colour, marker, _ = STYLES[j % len(STYLES)]
         cells = [report.cell(model, column) for model in models]
         places = np.arange(len(models)) + (j - (len(columns) - 1) / 2) * width
         values = np.array([cell.accuracy for cell in cells])
@@ -158,7 +137,7 @@ def robustness(report: Report, *, title: str = "") -> Figure:
     axes.set_xticks(np.arange(len(models)), models)
     finish(axes, "", f"accuracy, n = {report.n}, {100 * report.confidence:g}% intervals", title, legend=False)
     axes.set_ylim(-0.02, 1.02)
-    _legend_beside(axes)
+    legend_beside(axes)
     return figure
 
 
@@ -167,10 +146,10 @@ def accuracy_curves(curves: AccuracyCurves, *, title: str = "") -> Figure:
 
     With more than eight models styles repeat.
     """
-    figure, axes = _axes(7.2, 4.2)
+    figure, axes = one_panel(7.2, 4.2)
     low, high = curves.interval
     for i, model in enumerate(curves.models):
-        colour, marker, line = _STYLES[i % len(_STYLES)]
+        colour, marker, line = STYLES[i % len(STYLES)]
         axes.fill_between(curves.eps, low[i], high[i], color=colour, alpha=0.12, linewidth=0)
         axes.plot(
             curves.eps,
@@ -189,7 +168,7 @@ def accuracy_curves(curves: AccuracyCurves, *, title: str = "") -> Figure:
         legend=False,
     )
     axes.set_ylim(-0.02, 1.02)
-    _legend_beside(axes, handlelength=4)
+    legend_beside(axes, handlelength=4)
     return figure
 
 
@@ -197,7 +176,7 @@ def transfer_matrix(matrix: TransferMatrix, *, title: str = "") -> Figure:
     """Draw the accuracy of each target on the images perturbed against each source, as a map with its numbers."""
     rows, columns = matrix.accuracy.shape
     longest = max(map(len, matrix.sources)), max(map(len, matrix.targets))
-    figure, axes = _axes(2.4 + 0.75 * columns + 0.09 * longest[0], 1.5 + 0.45 * rows + 0.06 * longest[1])
+    figure, axes = one_panel(2.4 + 0.75 * columns + 0.09 * longest[0], 1.5 + 0.45 * rows + 0.06 * longest[1])
     image = axes.imshow(matrix.accuracy, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for i, row in enumerate(matrix.accuracy.tolist()):
         for j, value in enumerate(row):
@@ -252,27 +231,6 @@ def image_strip(
     legend = "predicted: clean → attacked; blue: right under attack, orange: wrong"
     figure.suptitle(f"{title}\n{legend}", fontsize=11)
     return figure
-
-
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def finish(axes: Axes, x: str, y: str, title: str, *, legend: bool = True) -> None:
-    """Label axes, in the style of all figures."""
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.set_title(title, fontsize=11)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    if legend:
-        axes.legend(fontsize=8, frameon=False)
-
-
-def _legend_beside(axes: Axes, **options: Any) -> None:
-    """Put the legend to the right of the axes, where it hides nothing."""
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), **options)
 
 
 def _show(axes: Axes, image: Any, text: str, colour: str) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
-from ntkadv import _wide_plots as wide_plots
 from ntkadv.kernels.movement import KernelMovement
-from ntkadv.plots import BLUE, GREEN, VERMILION, finish
+from ntkadv.plots import wide as wide_plots
+from ntkadv.plots.style import BLUE, GREEN, VERMILION, finish
 from ntkadv.statistics import wilson_interval
 
 LOOKS: dict[str, tuple[str, str, str]] = {
