@@ -151,8 +151,10 @@ class LinearDynamics:
     @cached_property
     def max_learning_rate(self) -> float:
         r"""Rate above which full-batch gradient descent diverges, :math:`2 / \lambda_{\max}(\Theta E)`, E at time 0."""
-        values = scipy.linalg.eigvals(self._theta @ self._matrix(self.rates(0.0)))
-        return float(2 / np.max(np.abs(values)))
+        modes = self._modes if self.constant else self._modes_of(self.rates(0.0))
+        if modes is not None:
+            return float(2 / modes.spectrum.values[-1])
+        return float(2 / np.max(np.abs(scipy.linalg.eigvals(self._theta @ self._matrix(self.rates(0.0))))))
 
     def coefficients(self, times: Times, *, learning_rate: float | None = None) -> Float[np.ndarray, "t n c"]:
         r"""Give u at each time, by the closed form.

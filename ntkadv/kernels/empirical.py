@@ -101,9 +101,11 @@ def empirical_ntk(
         else:
             block = np.asarray(blocks(rows.start, left, None if is_own else right))
         block = block[: rows.stop - rows.start, : columns.stop - columns.start]
-        kernel[rows, columns] = block
+        mirrored = np.swapaxes(np.moveaxis(block, 0, 1), -1, -2) if tail else block.T
+        # Rounding differs from batch to batch, and where a ReLU is about to switch it decides by a whole unit.
+        kernel[rows, columns] = (block + mirrored) / 2 if is_own else block
         if x2 is None and not is_own:
-            kernel[columns, rows] = np.swapaxes(np.moveaxis(block, 0, 1), -1, -2) if tail else block.T
+            kernel[columns, rows] = mirrored
     require_finite("the kernel", kernel)
     return kernel
 
