@@ -27,6 +27,7 @@ def call(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 @pytest.mark.parametrize("attack_steps", [0, 3])
 def test_pytorch_trains_the_same_network_in_the_same_way(load, kind, attack_steps):
@@ -146,6 +147,7 @@ def test_a_sweep_over_widths_goes_on_where_time_ended_and_does_nothing_twice(tmp
     assert result()["cases"] == first["cases"]
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_fit_is_noted_and_the_rest_goes_on(load, tmp_path):
     wide = load("wide")
     settings = wide.Settings(cases=("mlp-digits",), n_train=8, n_test=6, depth=2, widths=(10**6,), seeds=(0,))

@@ -20,6 +20,7 @@ from ntkadv.training import (
 TIMES = [0.3, 0.0, 0.1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attacked", [False, True])
 def test_the_flow_is_descent_by_tiny_steps_to_first_order(attacked, x64, key):
     arch, start = smooth_mlp()
@@ -54,6 +55,7 @@ def test_the_flow_of_a_linearised_network_is_its_closed_form(x64):
         np.testing.assert_allclose(model.apply(at, test), row, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_with_a_strength_that_varies_it_is_the_linear_flow_where_the_attack_is_linear(x64):
     """Only a bias trains, so the attack stays exp(ARK eta(t)): the flow, not the closed form, is the truth."""
     weights, held = jnp.asarray(linear_params()["w"]), data()
