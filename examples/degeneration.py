@@ -97,7 +97,7 @@ def main(config: Config) -> None:
     title = f"{config.dataset}, n = {config.n_train}, MLP-{config.depth}, ηS = {config.strength:g}"
 
     console.print("1. widths")
-    times, gaps = sweep(config, data, run)
+    times, gaps, moves = sweep(config, data, run)
     shown = {name: found for name, found in gaps.items() if name.startswith("with attacks") and name.endswith("test")}
     run.figure(wide_plots.gaps_over_time(times, shown), "distance_over_time")
     largest = {name: {w: r.max(1) for w, r in by.items()} for name, by in gaps.items() if not name.startswith(APART)}
@@ -110,9 +110,11 @@ def main(config: Config) -> None:
     laws = {}
     if len(config.widths) > 1:
         at = np.repeat(config.widths, len(config.seeds))
-        laws = {name: na.power_law(at, np.concatenate([*rows.values()])) for name, rows in (largest | last).items()}
-    console.print(table_of(largest, laws, "largest distance over time"))
-    console.print(table_of(last, laws, f"distance at t = {config.time:g}"))
+        fitted = (largest | last | moves).items()
+        laws = {name: na.power_law(at, np.concatenate([*rows.values()])) for name, rows in fitted}
+    console.print(table_of(largest, laws, "largest distance over time, in units of the targets"))
+    console.print(table_of(last, laws, f"distance at t = {config.time:g}, in units of the targets"))
+    console.print(table_of(moves, laws, f"kernels with attacks, moved by t = {config.time:g}, relative to their norm"))
 
     console.print("2. long training")
     network = build(config, data, config.long_width, config.seeds[0], run)
@@ -139,7 +141,7 @@ def main(config: Config) -> None:
         "results",
         {
             "environment": na.runs.environment(), "config": settings,
-            "times": times, "gaps": gaps, "largest": largest, "last": last, "slopes": laws,
+            "times": times, "gaps": gaps, "largest": largest, "last": last, "moved": moves, "slopes": laws,
             "long": {"times": long_times, "distance": curves, "strengths": strengths, "meeting": meetings},
             "accuracy": accuracy, "best_robust_at": best,
             "kernels": {name: movement.to_dict() for name, movement in moved.items()},
@@ -155,8 +157,12 @@ def build(config: Config, data: na.Dataset, width: int, seed: int, run: na.runs.
     return WideNetwork(arch, data, key=jax.random.key(seed), folder=folder)
 
 
-def sweep(config: Config, data: na.Dataset, run: na.runs.Run) -> tuple[np.ndarray, dict[str, dict[int, np.ndarray]]]:
+def sweep(
+    config: Config, data: na.Dataset, run: na.runs.Run
+) -> tuple[np.ndarray, dict[str, dict[int, np.ndarray]], dict[str, dict[int, np.ndarray]]]:
     """Measure distances to every prediction, and of training with attacks to that without: (seeds, times) a width.
+
+    Beside times and these distances: how far the kernels have moved in the end, (seeds,) for each width.
 
     All networks share the learning rate, a share of what the fastest of them allows, so that they are seen at the same
     times.
@@ -195,14 +201,28 @@ def sweep(config: Config, data: na.Dataset, run: na.runs.Run) -> tuple[np.ndarra
             found[f"{APART}: closed form, {part}"] = gap(theory, plain_theory, part, network)
         return found | {"times": real.times}
 
+    def moved(network: WideNetwork) -> dict[str, np.ndarray]:
+        params = network.train(attacked, grid, learning_rate=rate).trained.params
+        return {
+            "NTK": np.asarray(na.kernels.relative_distance(network.ntk_at(params), network.ntk)),
+            "ARK": np.asarray(na.kernels.relative_distance(network.ark_at(params), network.ark)),
+        }
+
     gaps: dict[str, dict[int, list[np.ndarray]]] = {}
+    kernels: dict[str, dict[int, list[np.ndarray]]] = {}
     times = grid
     for (width, seed), network in tqdm(networks.items(), desc="networks"):
         found = run.cached(f"width{width}-seed{seed}", lambda network=network: measure(network))
         times = found.pop("times")
-        for name, values in found.items():
-            gaps.setdefault(name, {}).setdefault(width, []).append(values)
-    return times, {name: {width: np.stack(rows) for width, rows in found.items()} for name, found in gaps.items()}
+        ends = run.cached(f"moved-width{width}-seed{seed}", lambda network=network: moved(network))
+        for collected, entries in ((gaps, found), (kernels, ends)):
+            for name, values in entries.items():
+                collected.setdefault(name, {}).setdefault(width, []).append(values)
+    stacked = [
+        {name: {width: np.stack(rows) for width, rows in by.items()} for name, by in collected.items()}
+        for collected in (gaps, kernels)
+    ]
+    return times, stacked[0], stacked[1]
 
 
 def long_training(config: Config, network: WideNetwork) -> dict[float, WideRun]:
@@ -304,7 +324,7 @@ def gap(first: Outputs, second: Outputs, part: Part, network: WideNetwork) -> np
 
 def table_of(found: Mapping[str, Mapping[int, np.ndarray]], laws: Mapping[str, na.PowerLaw], title: str) -> Table:
     """Distances for each width, mean over seeds, and slopes against the width."""
-    table = Table(title=f"{title}, in units of the targets (mean over seeds)")
+    table = Table(title=f"{title} (mean over seeds)")
     widths = list(next(iter(found.values())))
     for column in ("training: prediction, images", *map(str, widths), "slope [95%]"):
         table.add_column(column)
