@@ -1,6 +1,7 @@
 """How sure one can be of accuracies: intervals of a proportion, and of the difference of two on the same samples."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -145,7 +146,7 @@ def power_law(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], confidence
     for name, values in (("x", first), ("y", second)):
         if not np.all(np.isfinite(values) & (values > 0)):
             raise ValueError(f"{name} must be positive and finite, got {values}.")
-    fit = linregress(np.log(first), np.log(second))
+    fit: Any = linregress(np.log(first), np.log(second))
     half = float(t.ppf((1 + confidence) / 2, len(first) - 2)) * fit.stderr
     return PowerLaw(
         float(fit.slope), float(fit.slope - half), float(fit.slope + half), float(np.exp(fit.intercept)), confidence
