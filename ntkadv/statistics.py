@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from scipy.optimize import root_scalar
 from scipy.special import ndtri
 from scipy.stats import binomtest, linregress, t
@@ -132,7 +132,7 @@ class PowerLaw:
         return self.prefactor * np.asarray(x, float) ** self.exponent
 
 
-def power_law(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], confidence: float = 0.95) -> PowerLaw:
+def power_law(x: Real[np.ndarray, " n"], y: Real[np.ndarray, " n"], confidence: float = 0.95) -> PowerLaw:
     """Fit a power law, such as an error against the width; several points may share an x, as seeds do.
 
     Raises:
