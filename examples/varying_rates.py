@@ -51,9 +51,9 @@ class Config:
     """Hidden layers."""
     widths: tuple[int, ...] = (128, 512)
     """Widths of the networks."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1)
     """Seeds of the random starts."""
-    strength: float = 0.2
+    strength: float = 0.1
     """Mean strength of the attack flow, learning rate times length; it goes from 0 to twice this, or back."""
     switch: float = 0.5
     """Time of the switch."""

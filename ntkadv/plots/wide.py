@@ -226,9 +226,11 @@ def sweeps(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
         for number, (colour, marker, style) in looks.items():
             values = np.array([row[number] for row in found])
             axes.plot(at, values, style, marker=marker, markersize=4, color=colour, label=number)
-        diverged = [i for i, row in enumerate(found) if np.isfinite(row["diverged at step"])]
-        axes.plot(diverged, np.ones(len(diverged)), "x", color="black", markersize=8, clip_on=False,
-                  transform=axes.get_xaxis_transform())  # fmt: skip
+        for i, row in enumerate(found):
+            if np.isfinite(row["diverged at step"]):
+                axes.annotate(
+                    "x", (i, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", in_layout=False
+                )
         axes.set_xticks(at, [row["value"] for row in found])
         axes.set_yscale("log")
         finish(axes, name, DISTANCE if axes in grid[:, 0] else "", "", legend=False)
