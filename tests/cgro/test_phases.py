@@ -88,6 +88,7 @@ def test_phase_times_are_read_off_the_curves():
     assert set(there.absent) == {"I"}
 
 
+@pytest.mark.slow
 def test_a_phase_diagram_is_made_of_single_runs(key):
     distribution = PatchDistribution(60, alpha=1.0, sigma=0.1)
     network = PatchNetwork(width=8)

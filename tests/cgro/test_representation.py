@@ -130,6 +130,7 @@ def test_tiles_change_nothing(x64):
     np.testing.assert_allclose(gradients[0], gradients[1], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_judge_knows_what_the_balls_imply(key):
     rng = np.random.default_rng(6)
     x, y = rng.random((12, 2, 2, 1)).astype(np.float32), np.arange(12) % 2
