@@ -145,7 +145,7 @@ def training(settings: Settings, name: str, attack_steps: int, skipped: dict[str
     sides: dict[str, Side] = {"ntkadv": ours(settings, arch, params, x, labels, attack_steps)}
     first = {"ntkadv": first_loss(arch, params, x[: settings.batch_size], labels[: settings.batch_size], attack_steps)}
     try:
-        import torch  # noqa: F401
+        import torch  # noqa: F401 # pyright: ignore[reportMissingImports] - optional
     except ImportError as error:
         skipped["PyTorch"] = str(error)
     else:
@@ -213,8 +213,8 @@ def theirs(
     settings: Settings, arch: Any, params: Any, x: np.ndarray, labels: np.ndarray, attack_steps: int, *, compiled: bool
 ) -> tuple[Side, float]:
     """Train in PyTorch, as it is written there; also give the loss on the first batch."""
-    import torch
-    from torch.nn import functional
+    import torch  # pyright: ignore[reportMissingImports] - optional
+    from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(settings.threads)
     layers = torch_layers(arch, params, settings.image)
@@ -284,7 +284,7 @@ class TorchLayer:
 
 def torch_layers(arch: Any, params: Any, image: tuple[int, int, int]) -> list[TorchLayer]:
     """Translate a plain network of this package."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports] - optional
 
     found: list[TorchLayer] = []
     for layer, held in zip(arch.layer.layers, params, strict=True):

@@ -32,12 +32,12 @@ from ntkadv._typing import AnyArray
 from ntkadv.architectures.base import Architecture
 from ntkadv.data import Dataset
 from ntkadv.dynamics.closed_form import checked_times
-from ntkadv.dynamics.linear import LinearDynamics, attack_rates
+from ntkadv.dynamics.linear import LinearDynamics, Strength, is_attack, rates_under
 from ntkadv.kernels.empirical import Params, empirical_ark, empirical_ntk
 from ntkadv.kernels.gram import gram
 from ntkadv.runs import load_checkpoint, save_checkpoint
 from ntkadv.training.attack_flow import AttackFlowTraining
-from ntkadv.training.linearize import Linearized, Strength, linearize
+from ntkadv.training.linearize import Linearized, linearize
 from ntkadv.training.loop import TrainedNetwork, train
 from ntkadv.training.method import Method
 from ntkadv.training.standard import StandardTraining
@@ -132,18 +132,13 @@ class WideNetwork:
         """Give the theory of this network's linearisation, for an attack flow of this strength."""
         return self.linear.dynamics(
             self.data.x_train, self.data.targets_train, strength=strength, ntk=self.ntk,
-            ark=self.ark if _is_attack(strength) else None,
+            ark=self.ark if is_attack(strength) else None,
         )  # fmt: skip
 
     def infinite_dynamics(self, strength: Strength = 0.0) -> LinearDynamics:
         """Give the theory at infinite width for an attack flow of this strength, from this network's first outputs."""
-        rates: Any = 1.0
         kernels = self._infinite
-        if callable(strength):
-            rates = _Rates(kernels["ark"], strength)
-        elif _is_attack(strength):
-            with jax.enable_x64(True):
-                rates = np.asarray(attack_rates(kernels["ark"], np.asarray(strength, np.float64)))
+        rates = rates_under(kernels["ark"], strength)
         return LinearDynamics(kernels["own"], self.data.targets_train, start=self.start_train, rates=rates)
 
     def theory(
@@ -164,7 +159,7 @@ class WideNetwork:
             flow: Integrate the true linear flow instead; it differs where the strength varies with time.
         """
         dynamics = self.dynamics(strength)
-        u = dynamics.flow(times) if flow else dynamics.coefficients(times, learning_rate=learning_rate)
+        u = _coefficients(dynamics, times, learning_rate, flow)
         test = self.linear.outputs(self.data.x_test, self.data.x_train, u)
         return Outputs(checked_times(times), dynamics.fitted(u), test)
 
@@ -178,7 +173,7 @@ class WideNetwork:
     ) -> Outputs:
         """Predict the outputs by the infinite-width theory, given this network's outputs before training."""
         dynamics = self.infinite_dynamics(strength)
-        u = dynamics.flow(times) if flow else dynamics.coefficients(times, learning_rate=learning_rate)
+        u = _coefficients(dynamics, times, learning_rate, flow)
         test = dynamics.predict(u, self._infinite["cross"], self.start_test)
         return Outputs(checked_times(times), dynamics.fitted(u), test)
 
@@ -214,9 +209,10 @@ class WideNetwork:
         require_nonnegative("learning_rate", learning_rate, strict=True)
         if check_rate and "optimizer" not in options:
             self._check_rate(method, learning_rate)
-        if np.any(np.isinf(checked_times(times))):
+        grid = checked_times(times)
+        if np.any(np.isinf(grid)):
             raise ValueError("times must be finite for training by steps, got inf; theory gives that limit.")
-        steps = np.unique(np.round(checked_times(times) / learning_rate).astype(int))
+        steps = np.unique(np.round(grid / learning_rate).astype(int))
         f = self.linear.apply if linearized else self.arch.apply
 
         def record(params: Params) -> dict[str, Any]:
@@ -341,16 +337,5 @@ def meeting_time(times: Float[AnyArray, " t"], distances: Float[AnyArray, " t"],
     return float(times[last] * (times[last + 1] / times[last]) ** share)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Rates:
-    """Rates at infinite width under a strength that varies with time."""
-
-    ark: np.ndarray
-    strength: Callable[[Any], Any]
-
-    def __call__(self, time: Any) -> Array:
-        return attack_rates(self.ark, self.strength(time))
-
-
-def _is_attack(strength: Strength) -> bool:
-    return callable(strength) or bool(np.any(np.asarray(strength) != 0))
+def _coefficients(dynamics: LinearDynamics, times: Any, learning_rate: float | None, flow: bool) -> np.ndarray:
+    return dynamics.flow(times) if flow else dynamics.coefficients(times, learning_rate=learning_rate)

@@ -26,13 +26,17 @@ from jaxtyping import Array, Float
 from ntkadv._checks import require_finite
 from ntkadv._typing import AnyArray
 from ntkadv.dynamics._ode import integrate
-from ntkadv.dynamics._spectral import Spectrum, decompose
+from ntkadv.dynamics._spectral import Spectrum, checked_gram, decompose
 from ntkadv.dynamics.closed_form import checked_times
 from ntkadv.dynamics.regularization import effective_time
 
-__all__ = ["AttackRates", "LinearDynamics", "attack_rates"]
+__all__ = ["AttackRates", "LinearDynamics", "Strength", "attack_rates", "is_attack", "rates_under"]
 
 AttackRates: TypeAlias = float | Float[AnyArray, " n"] | Float[AnyArray, "n c c"] | Callable[[Any], Any]
+Strength: TypeAlias = (
+    float | int | Float[AnyArray, ""] | Float[AnyArray, " n"] | Float[AnyArray, "n c c"] | Callable[[Any], Any]
+)
+"""Strength of an attack flow: a number, one for each image, a matrix for each, or a function of time."""
 Times: TypeAlias = Sequence[float] | Float[np.ndarray, " t"]
 
 _SYMMETRIC = 1e-6
@@ -79,6 +83,30 @@ def attack_rates(
     return jax.vmap(jax.scipy.linalg.expm)(exponent)
 
 
+def is_attack(strength: Strength) -> bool:
+    """Whether there is any attack."""
+    return callable(strength) or bool(np.any(np.asarray(strength) != 0))
+
+
+def rates_under(ark: Float[AnyArray, " n"] | Float[AnyArray, "n c c"], strength: Strength) -> AttackRates:
+    """Give rates for `LinearDynamics` under an attack flow, see `attack_rates`; a function where the strength is one.
+
+    Raises:
+        ValueError: as `attack_rates`.
+    """
+    if not is_attack(strength):
+        return 1.0
+    kernel = np.asarray(ark, np.float64)
+    if callable(strength):
+        return partial(_rates_at, kernel, strength)
+    with jax.enable_x64(True):
+        return np.asarray(attack_rates(kernel, np.asarray(strength, np.float64)))
+
+
+def _rates_at(ark: np.ndarray, strength: Callable[[Any], Any], time: Any) -> Array:
+    return attack_rates(ark, jnp.asarray(strength(time), jnp.float64))
+
+
 class LinearDynamics:
     """A linear model in training, with or without attacks: closed form and true flow, at any times.
 
@@ -115,16 +143,13 @@ class LinearDynamics:
         kernel, (n, c) = np.asarray(theta), self.targets.shape
         if kernel.shape not in ((n, n), (n, n, c, c)):
             raise ValueError(f"theta must have shape {(n, n)} or {(n, n, c, c)}, got {kernel.shape}.")
-        require_finite("theta", kernel)
         self._given = rates
         self._coupled = kernel.ndim == 4 or np.ndim(_in_float64(rates, 0.0)) == 3
         self.rates(0.0)
         self._dtype = kernel.dtype
-        self._theta = _flat(kernel, c).astype(np.float64) if self._coupled else kernel.astype(np.float64)
-        skew, size = np.max(np.abs(self._theta - self._theta.T)), np.max(np.abs(self._theta))
-        if skew > 1e3 * np.finfo(self._dtype).eps * size:
-            raise ValueError(f"theta must be symmetric, but differs from its transpose by up to {skew:.3g}.")
-        self._theta = (self._theta + self._theta.T) / 2
+        flat = _flat(kernel, c) if self._coupled else kernel
+        checked = checked_gram("theta", flat, len(flat)).astype(np.float64)
+        self._theta = (checked + checked.T) / 2
         self._residual = self._flatten(self.targets - self.start)
 
     @property

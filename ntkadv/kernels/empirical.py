@@ -174,6 +174,13 @@ def ntk_product(
     return _product(f, params, jnp.asarray(x1), jnp.asarray(images), jnp.asarray(vector, size.dtype))
 
 
+def require_params(params: Params) -> None:
+    """Require a pytree of float arrays, one at least; `TypeError` otherwise."""
+    leaves = jax.tree.leaves(params)
+    if not leaves or not all(hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
+        raise TypeError("params must be a pytree of float arrays; take the rest out, as by equinox.partition.")
+
+
 class _Size(NamedTuple):
     """What the cost depends on: outputs, parameters, and the dtype of the outputs."""
 
@@ -192,9 +199,8 @@ def _size_of(f: Network, params: Params, x: AnyArray, name: str) -> _Size:
     """
     if not hasattr(x, "shape") or x.ndim < 2 or 0 in x.shape:
         raise ValueError(f"{name} must be a non-empty batch of images, got {getattr(x, 'shape', type(x).__name__)}.")
+    require_params(params)
     leaves = jax.tree.leaves(params)
-    if not leaves or not all(hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
-        raise TypeError("params must be a pytree of float arrays; take the rest out, as by equinox.partition.")
     outputs = jax.eval_shape(f, params, jax.ShapeDtypeStruct(x.shape, x.dtype))
     if not hasattr(outputs, "dtype") or not jnp.issubdtype(outputs.dtype, jnp.floating):
         raise TypeError(f"f must return one array of floats, got {outputs}; return the outputs only, without state.")

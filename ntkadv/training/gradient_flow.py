@@ -22,7 +22,7 @@ from ntkadv.data import Dataset
 from ntkadv.dynamics.closed_form import checked_times
 from ntkadv.kernels.empirical import Network, Params
 from ntkadv.training.attack_flow import AttackFlowTraining
-from ntkadv.training.method import Batch, Method
+from ntkadv.training.method import Batch, Method, function_of
 from ntkadv.training.standard import StandardTraining
 
 __all__ = ["gradient_flow"]
@@ -68,7 +68,7 @@ def gradient_flow(
     grid = checked_times(times)
     if np.any(np.isinf(grid)):
         raise ValueError("times must be finite for the integrated flow, got inf.")
-    f = network.apply if isinstance(network, Architecture) else network
+    f = function_of(network)
     method.start(params, len(data.x_train))
     order, back = np.unique(grid, return_inverse=True)
     if order[-1] == 0:

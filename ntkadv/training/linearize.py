@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -20,15 +19,11 @@ from jaxtyping import Array, Float
 
 from ntkadv._typing import AnyArray
 from ntkadv.architectures.base import Architecture
-from ntkadv.dynamics.linear import LinearDynamics, attack_rates
-from ntkadv.kernels.empirical import Network, Params, empirical_ark, empirical_ntk, ntk_product
+from ntkadv.dynamics.linear import AttackRates, LinearDynamics, Strength, is_attack, rates_under
+from ntkadv.kernels.empirical import Network, Params, empirical_ark, empirical_ntk, ntk_product, require_params
+from ntkadv.training.method import function_of
 
-__all__ = ["Linearized", "Strength", "linearize"]
-
-Strength: TypeAlias = (
-    float | Float[AnyArray, ""] | Float[AnyArray, " n"] | Float[AnyArray, "n c c"] | Callable[[Any], Any]
-)
-"""Strength of an attack flow: a number, one for each image, a matrix for each, or a function of time."""
+__all__ = ["Linearized", "linearize"]
 
 
 def linearize(network: Architecture | Network, params: Params) -> Linearized:
@@ -41,13 +36,8 @@ def linearize(network: Architecture | Network, params: Params) -> Linearized:
     Raises:
         TypeError: `network` is neither, or the parameters are no float arrays.
     """
-    f = network.apply if isinstance(network, Architecture) else network
-    if not callable(f):
-        raise TypeError(f"network must be an architecture or a function f(params, x), got {type(network).__name__}.")
-    leaves = jax.tree.leaves(params)
-    if not leaves or not all(hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
-        raise TypeError("params must be a pytree of float arrays; take the rest out, as by equinox.partition.")
-    return Linearized(f, params)
+    require_params(params)
+    return Linearized(function_of(network), params)
 
 
 class Linearized(eqx.Module):
@@ -72,12 +62,7 @@ class Linearized(eqx.Module):
         x: Float[AnyArray, "n *image"],
         targets: Float[AnyArray, "n c"],
         *,
-        strength: float
-        | int
-        | Float[AnyArray, ""]
-        | Float[AnyArray, " n"]
-        | Float[AnyArray, "n c c"]
-        | Callable[[Any], Any] = 0.0,
+        strength: Strength = 0.0,
         ntk: Float[AnyArray, "n n c c"] | None = None,
         ark: Float[AnyArray, "n c c"] | None = None,
         max_bytes: int = 2**30,
@@ -100,14 +85,10 @@ class Linearized(eqx.Module):
         if ntk is None:
             ntk = empirical_ntk(self.f, self.origin, x, max_bytes=max_bytes, progress=progress)
         start = np.asarray(self.f(self.origin, jnp.asarray(x)))
-        if not callable(strength) and not np.any(np.asarray(strength)):
-            return LinearDynamics(ntk, targets, start=start)
-        kernel = empirical_ark(self.f, self.origin, x, max_bytes=max_bytes) if ark is None else ark
-        kernel = np.asarray(kernel, np.float64)
-        if callable(strength):
-            return LinearDynamics(ntk, targets, start=start, rates=partial(_rates_at, kernel, strength))
-        with jax.enable_x64(True):
-            rates = np.asarray(attack_rates(kernel, np.asarray(strength, np.float64)))
+        rates: AttackRates = 1.0
+        if is_attack(strength):
+            kernel = empirical_ark(self.f, self.origin, x, max_bytes=max_bytes) if ark is None else ark
+            rates = rates_under(kernel, strength)
         return LinearDynamics(ntk, targets, start=start, rates=rates)
 
     def at(self, x: Float[AnyArray, "n *image"], coefficients: Float[AnyArray, "n c"]) -> Params:
@@ -139,7 +120,3 @@ def _moved(f: Network, origin: Params, x: Array, coefficients: Array) -> Params:
     outputs, pull = jax.vjp(lambda p: f(p, x), origin)
     (change,) = pull(coefficients.astype(outputs.dtype))
     return jax.tree.map(jnp.add, origin, change)
-
-
-def _rates_at(ark: np.ndarray, strength: Callable[[Any], Any], time: Any) -> Array:
-    return attack_rates(ark, jnp.asarray(strength(time), jnp.float64))

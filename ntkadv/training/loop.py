@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from ntkadv._checks import require_int, require_key, require_memory, require_nonnegative
 from ntkadv.architectures.base import Architecture
 from ntkadv.data import Dataset
-from ntkadv.kernels.empirical import Network, Params
+from ntkadv.kernels.empirical import Network, Params, require_params
 from ntkadv.training._keeper import DivergenceError, Keeper, Place, Record, TrainedNetwork
 from ntkadv.training._steps import Steps
-from ntkadv.training.method import Method, TrainState
+from ntkadv.training.method import Method, TrainState, function_of
 from ntkadv.training.standard import StandardTraining
 
 __all__ = ["DivergenceError", "TrainedNetwork", "train"]
@@ -197,7 +197,7 @@ def _network(
     Raises:
         TypeError, ValueError, MemoryError: see `train`.
     """
-    shape = data.x_train.shape[1:]
+    shape, f = data.x_train.shape[1:], function_of(network)
     if isinstance(network, Architecture):
         expected = jax.eval_shape(lambda: network.init(key, shape))
         given = expected if params is None else jax.eval_shape(lambda: params)
@@ -209,16 +209,11 @@ def _network(
                 "params are those of another architecture: their structure or shapes differ from what this one draws; "
                 "pass the architecture that made them."
             )
-        f: Network = network.apply
-    elif not callable(network):
-        raise TypeError(f"network must be an architecture or a function f(params, x), got {type(network).__name__}.")
     elif params is None:
         raise ValueError("params must be given with a function f(params, x); only an architecture draws its own.")
     else:
-        f, given = network, params
-    leaves = jax.tree.leaves(given)
-    if not leaves or not all(hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
-        raise TypeError("params must be a pytree of float arrays; take the rest out, as by equinox.partition.")
+        given = params
+    require_params(given)
     outputs = jax.eval_shape(f, given, jax.ShapeDtypeStruct((2, *shape), _dtype_of(given)))
     if not hasattr(outputs, "shape"):
         raise TypeError(

@@ -13,12 +13,26 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from ntkadv._convolutions import canonical_convolutions
+from ntkadv.architectures.base import Architecture
 from ntkadv.attacks.losses import Loss, get_loss
 from ntkadv.kernels.empirical import Network, Params
 
 __all__ = ["Batch", "Method", "TrainState"]
 
 Reduction: TypeAlias = Literal["mean", "sum"]
+
+
+def function_of(network: Architecture | Network) -> Network:
+    """Give a network as a function of parameters and images.
+
+    Raises:
+        TypeError: it is neither an architecture nor a function.
+    """
+    if isinstance(network, Architecture):
+        return network.apply
+    if not callable(network):
+        raise TypeError(f"network must be an architecture or a function f(params, x), got {type(network).__name__}.")
+    return network
 
 
 class Batch(NamedTuple):
