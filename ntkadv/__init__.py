@@ -4,7 +4,7 @@ The rooms: `architectures` (one definition, finite network and infinite-width ke
 `dynamics` (closed forms), `attacks`, `adv_ntk`, `evaluation`, `runs` and `plots`. See the README for the whole house.
 """
 
-from ntkadv import architectures, attacks, cgro, dynamics, kernels, plots, runs, training
+from ntkadv import architectures, attacks, cgro, dynamics, kernels, plots, runs, training, vision
 from ntkadv.adv_ntk import AdvNTKFit, fit_adv_ntk
 from ntkadv.curves import AccuracyCurves, accuracy_curves
 from ntkadv.data import Dataset, DatasetNotFoundError, load_dataset, targets
@@ -58,5 +58,6 @@ __all__ = [
     "targets",
     "training",
     "transfer",
+    "vision",
     "wilson_interval",
 ]

@@ -69,7 +69,7 @@ class PGD(Attack):
 
     def cost(self, num_classes: int) -> Cost:
         """Count passes through the model, see `Attack.cost`."""
-        return Cost(gradients=self.steps, forwards=1).times(self.restarts)
+        return Cost(gradients=self.steps, forwards=int(self.keep_best)).times(self.restarts)
 
     def perturb(self, model, x, labels, keys):
         """Attack one batch, see `Attack.perturb`."""

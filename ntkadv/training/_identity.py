@@ -27,10 +27,12 @@ def identity_of(run: Steps, start: TrainState) -> dict[str, Any]:
     return {
         "parameters": [[str(leaf.dtype), *map(int, np.shape(leaf))] for leaf in map(jnp.asarray, leaves)],
         "structure": str(structure),
-        "network": described(run.f),
+        "network": described(run.network),
         "method": described(run.method),
         "optimizer": described(run.optimizer),
         "batch_size": run.batch_size,
+        "augmentation": described(run.augmentation),
+        "average": run.average,
         "time_step": run.time_step,
         "images": list(map(int, x.shape)),
         "pixels": float(np.sum(np.asarray(x), dtype=np.float64)),

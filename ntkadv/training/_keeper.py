@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ntkadv.kernels.empirical import Network, Params
+from ntkadv.kernels.empirical import Params
 from ntkadv.runs import append_line, load_checkpoint, rewrite_lines, save_checkpoint
 from ntkadv.training._identity import identity_of
 from ntkadv.training._steps import Steps
 from ntkadv.training.method import TrainState
+from ntkadv.training.network import Trainable
 
-__all__ = ["DivergenceError", "Keeper", "Place", "Record", "TrainedNetwork"]
+__all__ = ["Best", "DivergenceError", "Keeper", "Place", "Record", "TrainedNetwork"]
 
-Record: TypeAlias = Callable[[Params], Mapping[str, Any]]
+Record: TypeAlias = Callable[[Any], Mapping[str, Any]]
 
 
 class Place(NamedTuple):
@@ -31,6 +31,21 @@ class Place(NamedTuple):
 
     state: TrainState
     step: int
+
+
+class Best(NamedTuple):
+    """The best network of a run.
+
+    Attributes:
+        step: When it was.
+        value: How good it was, by what it was chosen by.
+        params, statistics: Its parameters, and what it keeps besides them.
+    """
+
+    step: int
+    value: float
+    params: Params
+    statistics: Any
 
 
 class DivergenceError(RuntimeError):
@@ -52,22 +67,26 @@ class TrainedNetwork:
     """What training gives.
 
     Attributes:
-        f: The network, a function of parameters and images.
-        params: Its parameters in the end.
+        network: The network, without its parameters.
+        params: Its parameters in the end: those that were trained, or their averages where these were asked for.
+        statistics: What it keeps besides them: running averages of batch norm.
         state: All that is needed to go on.
         step: Number of updates made.
         steps: Steps at which something was recorded, ascending.
         history: What was recorded, one row a step: always `"loss"`, and what `record` gave.
         time_step: Training time that one step takes.
+        best: The best network that was recorded, where one was asked for.
     """
 
-    f: Network
+    network: Trainable
     params: Params
+    statistics: Any
     state: TrainState
     step: int
     steps: np.ndarray
     history: dict[str, np.ndarray]
     time_step: float
+    best: Best | None = None
 
     @property
     def times(self) -> np.ndarray:
@@ -77,7 +96,18 @@ class TrainedNetwork:
     @property
     def predictor(self) -> Callable[[Array], Array]:
         """The network as a function of images, a pytree: what attacks take."""
-        return eqx.Partial(self.f, self.params)
+        return self.network.predictor(self.params, self.statistics)
+
+    @property
+    def best_predictor(self) -> Callable[[Array], Array]:
+        """The best network that was recorded, as `predictor`.
+
+        Raises:
+            ValueError: none was asked for.
+        """
+        if self.best is None:
+            raise ValueError("no best network was kept; name what to keep it by: train(..., keep_best='name').")
+        return self.network.predictor(self.best.params, self.best.statistics)
 
 
 class Keeper:
@@ -89,11 +119,14 @@ class Keeper:
         checkpoint: str | os.PathLike[str] | None,
         metrics: str | os.PathLike[str] | None,
         record: Record | None,
+        keep_best: str | None = None,
     ):
         self.run = run
         self.path = None if checkpoint is None else Path(checkpoint)
         self.metrics = None if metrics is None else Path(metrics)
         self.record = record
+        self.keep_best = keep_best
+        self.best: Best | None = None
         self.identity: dict[str, Any] = {}
         self.steps: list[int] = []
         self.rows: list[dict[str, np.ndarray]] = []
@@ -114,9 +147,9 @@ class Keeper:
         if found is not None:
             arrays, meta = found
             self._require_own(meta.get("identity", {}))
-            leaves, structure = jax.tree.flatten(state)
-            state = jax.tree.unflatten(structure, [jnp.asarray(arrays[f"leaf{i}"]) for i in range(len(leaves))])
-            step = int(meta["step"])
+            if meta.get("best") is not None:
+                self.best = Best(*meta["best"], *_unpacked("best", arrays, self.run.current(state)))
+            state, step = _unpacked("leaf", arrays, state), int(meta["step"])
             self.steps = [int(number) for number in arrays["steps"]]
             names = [name.removeprefix("history.") for name in arrays if name.startswith("history.")]
             self.rows = [
@@ -134,10 +167,15 @@ class Keeper:
         """
         loss = self._finite_loss(here, before)
         row = {"loss": np.asarray(loss)}
-        if self.record is not None:
-            row |= {name: np.asarray(value) for name, value in self.record(here.state.params).items()}
+        own = self.run.method.report(here.state.method)
+        current = self.run.current(here.state)
+        given = self.record(self.run.network.assembled(*current)) if self.record is not None else {}
+        for names in (own, given):
+            row |= {name: np.asarray(value) for name, value in names.items()}
         if self.rows and row.keys() != self.rows[0].keys():
             raise ValueError(f"record must give the same names at every step, got {sorted(row)} at step {here.step}.")
+        if self.keep_best is not None:
+            self._compare(self.keep_best, here.step, row, current)
         self.steps.append(here.step)
         self.rows.append(row)
         if self.metrics is not None:
@@ -190,7 +228,33 @@ class Keeper:
         """Put together what training gives."""
         state, step = here
         steps = np.asarray(self.steps, int)
-        return TrainedNetwork(self.run.f, state.params, state, step, steps, self._history(), self.run.time_step)
+        return TrainedNetwork(
+            self.run.network,
+            *self.run.current(state),
+            state,
+            step,
+            steps,
+            self._history(),
+            self.run.time_step,
+            self.best,
+        )
+
+    @property
+    def history(self) -> dict[str, np.ndarray]:
+        """What has been recorded, one row a step."""
+        return self._history()
+
+    def _compare(self, name: str, step: int, row: Mapping[str, np.ndarray], current: tuple[Any, Any]) -> None:
+        """Keep the network if it is the best so far.
+
+        Raises:
+            ValueError: what it is to be chosen by is not recorded, or no number.
+        """
+        if name not in row or row[name].ndim:
+            raise ValueError(f"keep_best must name a number that is recorded, got {name!r}; there are {sorted(row)}.")
+        value = float(row[name])
+        if self.best is None or value > self.best.value:
+            self.best = Best(step, value, *current)
 
     def _finite_loss(self, here: Place, before: Place) -> float:
         loss = self.run.loss(*here)
@@ -201,9 +265,12 @@ class Keeper:
     def _write(self, here: Place) -> None:
         if self.path is None:
             return
-        arrays = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(here.state))}
+        arrays = _packed("leaf", here.state)
         history = {f"history.{name}": values for name, values in self._history().items()}
-        meta = {"step": here.step, "identity": self.identity}
+        meta: dict[str, Any] = {"step": here.step, "identity": self.identity}
+        if self.best is not None:
+            meta["best"] = [self.best.step, self.best.value]
+            arrays |= _packed("best", self.best[2:])
         save_checkpoint(self.path, {**arrays, **history, "steps": np.asarray(self.steps, int)}, meta)
 
     def _require_own(self, theirs: Mapping[str, Any]) -> None:
@@ -221,3 +288,12 @@ class Keeper:
     def _line(self, step: int, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
         numbers = {name: value.item() for name, value in row.items() if value.ndim == 0}
         return {"step": step, "time": step * self.run.time_step, **numbers}
+
+
+def _packed(name: str, tree: Any) -> dict[str, np.ndarray]:
+    return {f"{name}{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def _unpacked(name: str, arrays: Mapping[str, np.ndarray], like: Any) -> Any:
+    leaves, structure = jax.tree.flatten(like)
+    return jax.tree.unflatten(structure, [jnp.asarray(arrays[f"{name}{i}"]) for i in range(len(leaves))])

@@ -21,7 +21,7 @@ from ntkadv._checks import require_finite, require_int
 from ntkadv._convolutions import canonical_convolutions
 from ntkadv._typing import AnyArray
 from ntkadv.kernels.empirical import Network, Params
-from ntkadv.training.method import Batch, Method
+from ntkadv.training.method import Batch, Method, Problem
 
 __all__ = ["AttackFlowTraining", "attack_flow"]
 
@@ -107,16 +107,17 @@ class AttackFlowTraining(Method):
         """Label with the strength, where it is a number."""
         return f"attack flow {self.strength:g}" if isinstance(self.strength, (int, float)) else "attack flow"
 
-    def start(self, params: Params, n: int) -> Any:
-        """Give no state; but see whether there is a strength for each of the n images.
+    def start(self, problem: Problem) -> Any:
+        """Give no state; but see whether there is a strength for each image.
 
         Raises:
             ValueError: there is not.
         """
-        given = jax.eval_shape(self.at, jax.ShapeDtypeStruct((), jax.tree.leaves(params)[0].dtype)).shape
+        n, dtype = problem.shape[0], jax.tree.leaves(problem.params)[0].dtype
+        given = jax.eval_shape(self.at, jax.ShapeDtypeStruct((), dtype)).shape
         if given and given[0] != n:
             raise ValueError(f"strength must be a number, or hold one for each of {n} training images, got {given}.")
-        return super().start(params, n)
+        return super().start(problem)
 
     def at(self, time: Any) -> Array:
         """Give the strength at a time."""

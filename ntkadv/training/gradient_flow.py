@@ -22,7 +22,8 @@ from ntkadv.data import Dataset
 from ntkadv.dynamics.closed_form import checked_times
 from ntkadv.kernels.empirical import Network, Params
 from ntkadv.training.attack_flow import AttackFlowTraining
-from ntkadv.training.method import Batch, Method, function_of
+from ntkadv.training.method import Batch, Method, Problem
+from ntkadv.training.network import Forward, function_of, trainable
 from ntkadv.training.standard import StandardTraining
 
 __all__ = ["gradient_flow"]
@@ -69,7 +70,7 @@ def gradient_flow(
     if np.any(np.isinf(grid)):
         raise ValueError("times must be finite for the integrated flow, got inf.")
     f = function_of(network)
-    method.start(params, len(data.x_train))
+    method.start(Problem(Forward(trainable(f)[0]), params, data.x_train.shape, None, jax.random.key(0)))
     order, back = np.unique(grid, return_inverse=True)
     if order[-1] == 0:
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(grid), *leaf.shape)), params)

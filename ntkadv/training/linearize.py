@@ -21,7 +21,7 @@ from ntkadv._typing import AnyArray
 from ntkadv.architectures.base import Architecture
 from ntkadv.dynamics.linear import AttackRates, LinearDynamics, Strength, is_attack, rates_under
 from ntkadv.kernels.empirical import Network, Params, empirical_ark, empirical_ntk, ntk_product, require_params
-from ntkadv.training.method import function_of
+from ntkadv.training.network import function_of
 
 __all__ = ["Linearized", "linearize"]
 

@@ -1,11 +1,11 @@
 """Adversarial training with an attack of this package: PGD, FGSM, or any other."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import jax.numpy as jnp
 
 from ntkadv.attacks.base import Attack
-from ntkadv.training.method import Method
+from ntkadv.training.method import Method, Mode, Passes, images_to_outputs, require_mode
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,8 @@ class PGDTraining(Method):
 
     Args:
         attack: The attack, usually `PGD(threat, steps=10, keep_best=False)`.
+        attack_mode: Whether batch norm takes the batch's statistics while attacking, as most codes have it, or its
+            running averages.
         loss: See `Method`.
         reduction: See `Method`.
 
@@ -24,9 +26,12 @@ class PGDTraining(Method):
     """
 
     attack: Attack
+    _: KW_ONLY
+    attack_mode: Mode = "train"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_mode("attack_mode", self.attack_mode)
         if not isinstance(self.attack, Attack):
             raise TypeError(f"attack must be an attack, such as PGD(threat, steps=10), got {self.attack!r}.")
 
@@ -35,7 +40,13 @@ class PGDTraining(Method):
         """Label with the attack's own."""
         return f"{self.attack.name} training"
 
+    @property
+    def passes(self) -> Passes:
+        """Passes of the attack, and one for the update."""
+        cost = self.attack.cost(2)
+        return Passes(cost.gradients + cost.forwards + 1, cost.gradients + 1)
+
     def images(self, f, params, batch):
         """Give the attacked images."""
-        attacked = self.attack.perturb(lambda x: f(params, x), batch.x, batch.labels, batch.keys)
-        return jnp.asarray(attacked, batch.x.dtype)
+        model = images_to_outputs(f, params, self.attack_mode)
+        return jnp.asarray(self.attack.perturb(model, batch.x, batch.labels, batch.keys), batch.x.dtype)

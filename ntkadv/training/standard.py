@@ -8,8 +8,3 @@ from ntkadv.training.method import Method
 @dataclass(frozen=True)
 class StandardTraining(Method):
     """Training without attacks, see `Method`."""
-
-    def images(self, f, params, batch):
-        """Give the images as they are."""
-        del f, params
-        return batch.x
