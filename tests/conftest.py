@@ -23,6 +23,18 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "loose_promotion: calls a library that mixes dtypes (neural-tangents, Foolbox)")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Compiled programs are let go of before their memory maps are too many: Linux allows a process 65,530 of them.
+
+    XLA does not survive the next one; a program takes about ten.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 15_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def strict_dtype_promotion(request):
     mode = "standard" if request.node.get_closest_marker("loose_promotion") else "strict"
