@@ -24,13 +24,13 @@ demo: $(INSTALLED) ## Show robust overfitting and what stops it, on a small data
 	$(BIN)/python examples/robust_overfitting.py
 
 test: $(INSTALLED) ## Run the tests, without those that take minutes
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes
-	$(BIN)/python -m pytest -n $(JOBS) -m slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
 
 test-all: $(INSTALLED) ## Run all tests
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(LINTERS) ## Check style and format
 	$(BIN)/ruff check .

@@ -120,6 +120,7 @@ def test_a_checkpoint_of_another_fit_is_refused_by_name(arch, data, tmp_path):
         fit_adv_ntk(arch, data, steps=2, learning_rate=0.3, checkpoint=tmp_path / "fit.npz", **SMALL)
 
 
+@pytest.mark.slow
 def test_the_best_held_out_step_is_kept_and_patience_ends_the_fit(arch, data):
     fit = fit_adv_ntk(
         arch,
@@ -152,6 +153,7 @@ def test_nothing_is_compiled_after_the_second_step(arch, data):
     assert max(compiled) == 0
 
 
+@pytest.mark.slow
 def test_too_large_a_step_falls_back_to_the_eigendecomposition_and_says_so(arch, data):
     small = dataclasses.replace(data, x_train=data.x_train[:40])
     with pytest.warns(RuntimeWarning, match="goes on with an eigendecomposition"):

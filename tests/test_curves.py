@@ -98,6 +98,7 @@ class Noise(Attack):
         return self.threat.random_point(keys, x)
 
 
+@pytest.mark.slow
 def test_random_numbers_of_a_sample_depend_on_the_radius_and_not_on_its_company():
     images = np.full((200, 2, 2, 1), 0.35, np.float32)
     data = (images, np.ones(200, np.int32))

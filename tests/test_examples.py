@@ -36,6 +36,7 @@ def strong_attacks():
     return load_example("strong_attacks")
 
 
+@pytest.mark.slow
 @pytest.mark.loose_promotion  # optax
 def test_strong_attacks_leave_curves_transfer_and_table_and_go_on(strong_attacks, tmp_path, monkeypatch):
     config = strong_attacks.Config(
@@ -103,6 +104,7 @@ def test_robust_overfitting_leaves_table_figures_and_all_that_was_plotted(whole)
             assert worst <= min(report.cell(model, column).accuracy for column in report.columns)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_comes_to_the_same_report(example, whole, tmp_path, monkeypatch):
     halves = tmp_path / "halves"
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def run(program):
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
@@ -30,6 +32,7 @@ def test_every_name_it_exports_exists():
     run("from ntkadv import *")
 
 
+@pytest.mark.slow
 def test_every_module_can_be_the_first_to_be_imported():
     """None depends on another having been imported before, so no circle of imports hides."""
     done = run(

@@ -101,6 +101,7 @@ def test_auto_pgd_reaches_more_than_pgd_of_the_same_length(threat, key):
     assert reached(APGD(threat, steps=40, loss="margin")) > reached(PGD(threat, steps=40, loss="margin")) - 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", TARGETED_LOSSES)
 def test_a_targeted_ascent_raises_the_logit_of_its_target(loss, key):
     weights = jax.random.normal(key, (int(np.prod(IMAGE)), 5))

@@ -144,6 +144,7 @@ THREATS = [Linf(0.2), L2(0.6), L1(2.5)]
 with_every_norm = pytest.mark.parametrize("threat", THREATS, ids=lambda threat: threat.norm)
 
 
+@pytest.mark.slow
 @with_every_norm
 def test_gradient_attacks_reach_the_exact_worst_case_of_a_binary_linear_classifier_at_the_edge_of_the_box(threat, key):
     model, x = linear(seed=4), np.clip(1.6 * images(12) - 0.3, 0, 1)
@@ -182,6 +183,7 @@ def margins(model, x, labels):
     return logits.max(axis=1) - label
 
 
+@pytest.mark.slow
 @with_every_norm
 def test_targeted_attacks_break_exactly_what_can_be_broken_of_a_linear_classifier(threat, key):
     model, x = linear(classes=5, seed=5), images(60)

@@ -90,6 +90,7 @@ def test_float64_images_get_float64_gradients_though_jax_computes_in_float32(tor
     np.testing.assert_allclose(to_nhwc(z.grad, "NCHW"), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_programs_are_few_however_many_batch_sizes(torch):
     sizes = []
 

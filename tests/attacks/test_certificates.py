@@ -292,6 +292,7 @@ def kernel_machine():
     return KernelPredictor(mlp(depth=2, num_classes=CLASSES, activation=Erf()), images(40, seed=5), coefficients)
 
 
+@pytest.mark.slow
 def test_attacks_on_a_kernel_machine_end_between_the_bounds_and_near_the_upper(key):
     model, threat = kernel_machine(), Linf(2e-3)
     x = images(16, seed=3)

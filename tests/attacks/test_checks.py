@@ -95,6 +95,7 @@ def test_losses_that_disagree_are_flagged_and_the_weak_one_named(weak):
     assert check_outcome(correct, attacks) == []
 
 
+@pytest.mark.slow
 def test_on_hidden_gradients_square_wins_and_autoattack_says_so(key):
     x = images(24, seed=3)
     labels = labels_of(quantised, x)

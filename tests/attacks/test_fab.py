@@ -125,6 +125,7 @@ def test_radius_plays_no_part_in_the_search_from_the_clean_image(key):
     np.testing.assert_array_equal(first.points, second.points)
 
 
+@pytest.mark.slow
 def test_restarts_and_steps_never_lose(key):
     x = images(12)
     labels = labels_of(MODEL, x)
@@ -137,6 +138,7 @@ def test_restarts_and_steps_never_lose(key):
     assert (long < once - 1e-4).any()
 
 
+@pytest.mark.slow
 def test_targets_are_the_wrong_classes_of_largest_logits_and_at_most_all_of_them(key):
     x = 0.45 + 0.1 * images(4)
     weights = 0.1 * np.asarray(linear(classes=5).weights)

@@ -83,7 +83,8 @@ def test_change_reaches_the_hyperplane_and_none_is_smaller(norm, case):
         np.testing.assert_allclose(change, by_root(point, normal, gap), atol=1e-9)
     else:
         smallest = by_linear_program(norm, point, normal, gap)
-        np.testing.assert_allclose(np.linalg.norm(change, ORDER[norm]), smallest, atol=1e-9)
+        # The solver takes an equality as met within 1e-7.
+        np.testing.assert_allclose(np.linalg.norm(change, ORDER[norm]), smallest, atol=2e-7)
 
 
 @pytest.mark.usefixtures("x64")

@@ -113,6 +113,7 @@ def test_bad_settings_are_refused(unchecked, key):
         PatchPGD(0.1, steps=0)
 
 
+@pytest.mark.slow
 def test_the_line_attack_on_any_model_finds_what_the_exact_one_finds(key):
     data = sample(n=30, position=0)
     network = NETWORKS["cubic"]

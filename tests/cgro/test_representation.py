@@ -166,6 +166,7 @@ def test_the_judge_knows_what_the_balls_imply(key):
     assert own.certified.all()
 
 
+@pytest.mark.slow
 def test_only_points_of_small_margin_are_memorised(key):
     rng = np.random.default_rng(7)
     x = rng.random((40, 2, 2, 1)).astype(np.float32)

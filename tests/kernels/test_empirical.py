@@ -119,6 +119,7 @@ def test_the_kernel_is_that_of_neural_tangents():
         np.testing.assert_allclose(empirical_ntk(apply, params, x1, x2, method=method), theirs, rtol=2e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_with_width_the_ntk_tends_to_its_limit_like_the_inverse_square_root():
     x = images(6, 6).astype(np.float32)
     widths, errors = [32, 128, 512], []
@@ -132,6 +133,7 @@ def test_with_width_the_ntk_tends_to_its_limit_like_the_inverse_square_root():
     assert slope == pytest.approx(-0.5, abs=0.15), errors
 
 
+@pytest.mark.slow
 def test_the_ark_has_the_limit_for_its_mean_but_goes_on_to_vary_however_wide_the_network():
     x = images(1, 6).astype(np.float32)
     spreads = []

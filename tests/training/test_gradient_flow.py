@@ -41,6 +41,7 @@ def test_the_flow_is_descent_by_tiny_steps_to_first_order(attacked, x64, key):
     np.testing.assert_allclose(np.divide(errors[:-1], errors[1:]), 2, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_the_flow_of_a_linearised_network_is_its_closed_form(x64):
     arch, origin = smooth_mlp(width=16)
     held = data()

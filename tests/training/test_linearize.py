@@ -131,6 +131,7 @@ def test_a_strength_that_varies_has_rates_that_vary(x64):
         np.testing.assert_allclose(dynamics.rates(time), fixed.rates(0.0), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_outputs_parameters_and_predictor_agree(x64):
     origin = jax.tree.map(lambda leaf: leaf.astype(float), small_cnn().init(jax.random.key(2), IMAGE))
     model = linearize(small_cnn(), origin)
