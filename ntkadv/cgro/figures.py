@@ -5,16 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ntkadv.cgro.dynamics import Trajectory
+from ntkadv.cgro.flatness import FlatnessCurves
 from ntkadv.cgro.phases import PhaseTimes
 from ntkadv.cgro.sweeps import PhaseDiagram
-from ntkadv.plots.style import BLUE, GREEN, ORANGE, PURPLE, VERMILION
+from ntkadv.plots.style import BLUE, GREEN, ORANGE, PURPLE, STYLES, VERMILION
 
-__all__ = ["cgro_bars", "count_diagram", "parameters", "phase_diagram", "robust_accuracy_by_radius", "three_phases"]
+__all__ = [
+    "accuracies_against_width",
+    "accuracies_over_epochs",
+    "cgro_bars",
+    "count_diagram",
+    "flatness_against_gap",
+    "flatness_over_epochs",
+    "parameters",
+    "phase_diagram",
+    "robust_accuracy_by_radius",
+    "three_phases",
+]
 
 NAMES = {
     "train_clean": ("train, clean", BLUE, "-"),
@@ -199,6 +214,132 @@ def robust_accuracy_by_radius(
     axes.set_xlabel("radius of the attack, l_inf")
     _finish(axes, "accuracy")
     axes.set_title(title, fontsize=11, pad=22)
+    return figure
+
+
+def accuracies_against_width(
+    panels: Mapping[str, Mapping[int, Mapping[str, Sequence[float | int] | np.ndarray]]], *, title: str = ""
+) -> Figure:
+    """Draw the four accuracies of adversarially trained networks against their width, mean over seeds with each seed.
+
+    Args:
+        panels: for each panel, for each width, one number a seed for each accuracy; some may be left out.
+        title: above it all.
+    """
+    figure = Figure(figsize=(1.4 + 3.3 * len(panels), 3.9), layout="constrained")
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (panel, widths) in zip(row, panels.items(), strict=True):
+        for (name, (label, colour, line)), marker in zip(NAMES.items(), "osD^", strict=True):
+            seeds = {width: np.asarray(values[name], float) for width, values in widths.items() if name in values}
+            if not seeds:
+                continue
+            means = [values.mean() for values in seeds.values()]
+            axes.plot(list(seeds), means, line, color=colour, marker=marker, markersize=4, label=label)
+            for width, values in seeds.items():
+                axes.plot(np.full(values.size, width), values, ".", color=colour, markersize=3)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(widths), [f"{width:g}" for width in widths], fontsize=8)
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("width")
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_title(panel, fontsize=10)
+        _finish(axes, "accuracy" if axes is row[0] else "", legend=False)
+    handles, labels = row[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, ncols=4, loc="outside lower center")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def accuracies_over_epochs(models: Mapping[str, Mapping[str, np.ndarray]], *, title: str = "") -> Figure:
+    """Draw the four accuracies over epochs, a panel for each model.
+
+    Args:
+        models: for each, `epochs` and the four accuracies, `(E,)` each.
+        title: above it all.
+    """
+    columns = min(3, len(models))
+    rows = -(-len(models) // columns)
+    figure = Figure(figsize=(1.2 + 2.9 * columns, 0.9 + 2.5 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (model, values) in zip(grid, models.items(), strict=False):
+        for name, (label, colour, line) in NAMES.items():
+            axes.plot(values["epochs"], values[name], line, color=colour, label=label)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_title(model, fontsize=10)
+        _finish(axes, "", legend=False)
+    for axes in grid[len(models) :]:
+        axes.set_visible(False)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, ncols=4, loc="outside lower center")
+    figure.supxlabel("epoch", fontsize=10)
+    figure.supylabel("accuracy", fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def flatness_over_epochs(curves: Sequence[tuple[int, FlatnessCurves]], eps: float, *, title: str = "") -> Figure:
+    """Draw flatness, loss change and robust gaps over radii, one curve for each epoch.
+
+    Args:
+        curves: epochs, and what was measured at each.
+        eps: radius of the training, marked.
+        title: above it all.
+    """
+    figure = Figure(figsize=(10.6, 6.2), layout="constrained")
+    grid = figure.subplots(2, 3, sharex=True)
+    parts = (
+        ("local_flatness", "local flatness (train)"), ("train_loss_change", "loss change (train)"),
+        ("robust_gap", "robust gap, accuracy"),
+        ("global_flatness", "global flatness (test)"), ("test_loss_change", "loss change (test)"),
+        ("robust_loss_gap", "robust gap, loss"),
+    )  # fmt: skip
+    epochs = [epoch for epoch, _ in curves]
+    scale = Normalize(min(epochs), max(max(epochs), min(epochs) + 1))
+    for axes, (name, label) in zip(grid.ravel(), parts, strict=True):
+        for epoch, curve in curves:
+            axes.plot(curve.radii, getattr(curve, name), "-", color=colormaps["viridis"](scale(epoch)), linewidth=1.3)
+        axes.axvline(eps, color="black", linewidth=0.9, linestyle="--", alpha=0.7)
+        axes.set_title(label, fontsize=10)
+        _finish(axes, "", legend=False)
+    for axes in grid[1]:
+        axes.set_xlabel("radius, l_inf (dashed: of the training)")
+    for column in (0, 1):
+        top = max(axes.get_ylim()[1] for axes in grid[:, column])
+        for axes in grid[:, column]:
+            axes.set_ylim(0, top)
+    figure.colorbar(ScalarMappable(scale, "viridis"), ax=grid, label="epoch", shrink=0.7)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def flatness_against_gap(
+    models: Mapping[str, Sequence[tuple[int, FlatnessCurves]]], eps: float, *, title: str = ""
+) -> Figure:
+    """Draw the robust gap, in accuracy and in the loss, against global flatness, a point for each epoch of each model.
+
+    Args:
+        models: for each, epochs and what was measured at each.
+        eps: the radius that both are taken at, one of those measured.
+        title: above it all.
+    """
+    figure = Figure(figsize=(9.2, 3.9), layout="constrained")
+    row = figure.subplots(1, 2)
+    largest = max(epoch for curves in models.values() for epoch, _ in curves)
+    for axes, (gap, label) in zip(
+        row, (("robust_gap", "robust gap, accuracy"), ("robust_loss_gap", "robust gap, loss")), strict=True
+    ):
+        for i, (name, curves) in enumerate(models.items()):
+            colour, marker, _ = STYLES[i % len(STYLES)]
+            places = [int(np.argmin(np.abs(curve.radii - eps))) for _, curve in curves]
+            pairs = list(zip(curves, places, strict=True))
+            x = [float(curve.global_flatness[place]) for (_, curve), place in pairs]
+            y = [float(getattr(curve, gap)[place]) for (_, curve), place in pairs]
+            sizes = [12 + 40 * epoch / largest for epoch, _ in curves]
+            axes.scatter(x, y, s=sizes, color=colour, marker=marker, alpha=0.75, linewidths=0, label=name)
+        axes.set_xlabel(f"global flatness at radius {eps:.3g}")
+        _finish(axes, label, legend=False)
+    row[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.suptitle(f"{title}; larger marks: later epochs", fontsize=11)
     return figure
 
 
