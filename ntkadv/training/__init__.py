@@ -11,7 +11,7 @@ from ntkadv.training.linearize import Linearized, linearize
 from ntkadv.training.loop import DivergenceError, TrainedNetwork, train
 from ntkadv.training.method import Batch, Method, Passes, Problem, TrainState
 from ntkadv.training.monitor import GeneratorStrength, accuracy, generator_strength, robust_accuracy
-from ntkadv.training.network import Forward
+from ntkadv.training.network import Forward, trainable
 from ntkadv.training.pgd import PGDTraining
 from ntkadv.training.schedules import piecewise, sgd, triangular
 from ntkadv.training.standard import StandardTraining
@@ -51,5 +51,6 @@ __all__ = [
     "robust_gradient_prominence",
     "sgd",
     "train",
+    "trainable",
     "triangular",
 ]

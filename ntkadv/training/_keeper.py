@@ -142,7 +142,7 @@ class Keeper:
         """
         found, step = None, 0
         if self.path is not None:
-            self.identity = identity_of(self.run, state)
+            self.identity = identity_of(self.run, state) | {"keep_best": self.keep_best}
             found = load_checkpoint(self.path)
         if found is not None:
             arrays, meta = found
@@ -253,7 +253,7 @@ class Keeper:
         if name not in row or row[name].ndim:
             raise ValueError(f"keep_best must name a number that is recorded, got {name!r}; there are {sorted(row)}.")
         value = float(row[name])
-        if self.best is None or value > self.best.value:
+        if not np.isnan(value) and (self.best is None or value > self.best.value):
             self.best = Best(step, value, *current)
 
     def _finite_loss(self, here: Place, before: Place) -> float:

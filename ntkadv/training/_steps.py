@@ -111,7 +111,7 @@ def _batch(
         places = jax.lax.dynamic_slice(order, (step % (n // size) * size,), (size,))
         x, labels, targets = x[places], labels[places], targets[places]
     time_now = step.astype(arrays[0].dtype) * time_step
-    batch = Batch(x, labels, targets, places, keys, time_now, size / n)
+    batch = Batch(x, labels, targets, places, keys, time_now, size / n, step=step)
     if augmentation is None:
         return batch
     drawn = jax.vmap(augmentation.draw)(sample_keys(augmentation_key, size))

@@ -55,7 +55,7 @@ class CURETraining(TRADESTraining):
         mask: What is set to zero for weights that are conserved: `"gradient"`, as the paper says, which leaves them to
             momentum and weight decay; or the whole `"update"`, which freezes them for the step.
         teacher_mode: Whether the revision network takes the batch's statistics or its own averages.
-        beta, steps, step_size, noise, attack_mode, loss, reduction: See `TRADESTraining`.
+        beta, steps, step_size, noise, attack_mode, warmup, loss, reduction: See `TRADESTraining`.
 
     Raises:
         TypeError, ValueError: as `TRADESTraining`; or another setting is out of range.

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ntkadv._checks import require_nonnegative
+from ntkadv._checks import require_int, require_nonnegative
 from ntkadv._typing import AnyArray
-from ntkadv.attacks.losses import Loss
-from ntkadv.attacks.pgd import PGD
-from ntkadv.attacks.threat_model import ThreatModel
-from ntkadv.training.method import Method, Mode, Passes, images_to_outputs, require_mode
+from ntkadv.attacks.losses import Loss, get_loss
+from ntkadv.attacks.model import loss_and_gradient
+from ntkadv.attacks.threat_model import ThreatModel, fold_in_each
+from ntkadv.training.method import Method, Mode, Passes, grown, images_to_outputs, require_mode
 
 __all__ = ["FGSMTraining", "catastrophic_overfitting"]
 
@@ -30,7 +30,7 @@ class FGSMTraining(Method):
         threat: What may be changed.
         step: Length of the step, in units of eps; 1.25 as published with a random start.
         random_start: Start uniformly in the ball; False starts at the clean image, as FGSM does.
-        attack_mode: See `PGDTraining`.
+        attack_mode, warmup: See `PGDTraining`.
         loss: See `Method`; it is what the attack maximises too.
         reduction: See `Method`.
 
@@ -44,6 +44,7 @@ class FGSMTraining(Method):
     step: float = 1.25
     random_start: bool = True
     attack_mode: Mode = "train"
+    warmup: int = 0
     loss: str | Loss = "cross_entropy"
 
     def __post_init__(self) -> None:
@@ -51,6 +52,7 @@ class FGSMTraining(Method):
         require_threat(self.threat)
         require_nonnegative("step", self.step, strict=True)
         require_mode("attack_mode", self.attack_mode)
+        require_int("warmup", self.warmup, minimum=0)
 
     @property
     def name(self) -> str:
@@ -64,12 +66,14 @@ class FGSMTraining(Method):
 
     def images(self, f, params, batch) -> Float[Array, "b *image"]:
         """Give the attacked images."""
-        attack = PGD(
-            self.threat, steps=1, step_size=self.step * self.threat.eps, loss=self.loss,
-            random_start=self.random_start, keep_best=False,
-        )  # fmt: skip
+        threat = grown(self.threat, self.warmup, batch.step)
         model = images_to_outputs(f, params, self.attack_mode)
-        return jnp.asarray(attack.perturb(model, batch.x, batch.labels, batch.keys), batch.x.dtype)
+        start = batch.x
+        if self.random_start:
+            start = jnp.asarray(threat.random_point(fold_in_each(batch.keys, jnp.uint32(0)), start), start.dtype)
+        gradient = loss_and_gradient(model, get_loss(self.loss), start, batch.labels)[1]
+        points = threat.project(start + self.step * threat.eps * threat.step(gradient, start), batch.x)
+        return jnp.asarray(points, batch.x.dtype)
 
 
 def require_threat(threat: ThreatModel) -> None:

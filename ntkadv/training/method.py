@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ntkadv._convolutions import canonical_convolutions
 from ntkadv.attacks.losses import Loss, get_loss
+from ntkadv.attacks.threat_model import ThreatModel
 from ntkadv.kernels.empirical import Network, Params
 from ntkadv.training.augmentation import Augmentation
 from ntkadv.training.network import Forward
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
         share: Number of images in the batch, over that in the training set.
         augmentation: What has been done to the images, or None.
         drawn: What it has drawn for each of them.
+        step: Number of the step.
     """
 
     x: Float[Array, "b *image"]
@@ -49,6 +51,7 @@ class Batch(NamedTuple):
     share: float
     augmentation: Augmentation | None = None
     drawn: Any = ()
+    step: Int[Array, ""] | int = 0
 
     def augmented(self, x: Float[Array, "b *image"]) -> Float[Array, "b *image"]:
         """Do to arrays like the images what has been done to these."""
@@ -197,6 +200,14 @@ def images_to_outputs(f: Forward | Network, params: Params, mode: Mode) -> Calla
     if mode == "eval" and isinstance(f, Forward):
         return partial(f.evaluate, params)
     return partial(f, params)
+
+
+def grown(threat: ThreatModel, warmup: int, step: Any) -> ThreatModel:
+    """Give a threat model whose radius rises linearly to its own over `warmup` steps, from the first on."""
+    if not warmup:
+        return threat
+    share = jnp.minimum(1.0, (jnp.asarray(step, jnp.float32) + 1) / warmup)
+    return threat.with_eps(share * threat.eps)
 
 
 def require_mode(name: str, mode: Any) -> None:

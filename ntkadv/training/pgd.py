@@ -4,8 +4,9 @@ from dataclasses import KW_ONLY, dataclass
 
 import jax.numpy as jnp
 
+from ntkadv._checks import require_int
 from ntkadv.attacks.base import Attack
-from ntkadv.training.method import Method, Mode, Passes, images_to_outputs, require_mode
+from ntkadv.training.method import Method, Mode, Passes, grown, images_to_outputs, require_mode
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class PGDTraining(Method):
         attack: The attack, usually `PGD(threat, steps=10, keep_best=False)`.
         attack_mode: Whether batch norm takes the batch's statistics while attacking, as most codes have it, or its
             running averages.
+        warmup: Steps over which the radius of the attack grows from nothing. At full strength from the start, a small
+            network may stay at a constant answer.
         loss: See `Method`.
         reduction: See `Method`.
 
@@ -28,10 +31,12 @@ class PGDTraining(Method):
     attack: Attack
     _: KW_ONLY
     attack_mode: Mode = "train"
+    warmup: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_mode("attack_mode", self.attack_mode)
+        require_int("warmup", self.warmup, minimum=0)
         if not isinstance(self.attack, Attack):
             raise TypeError(f"attack must be an attack, such as PGD(threat, steps=10), got {self.attack!r}.")
 
@@ -49,4 +54,7 @@ class PGDTraining(Method):
     def images(self, f, params, batch):
         """Give the attacked images."""
         model = images_to_outputs(f, params, self.attack_mode)
-        return jnp.asarray(self.attack.perturb(model, batch.x, batch.labels, batch.keys), batch.x.dtype)
+        attack = self.attack
+        if self.warmup:
+            attack = attack.with_eps(grown(attack.threat, self.warmup, batch.step).eps)
+        return jnp.asarray(attack.perturb(model, batch.x, batch.labels, batch.keys), batch.x.dtype)

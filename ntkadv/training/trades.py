@@ -15,7 +15,7 @@ from ntkadv.attacks.losses import Loss
 from ntkadv.attacks.model import loss_and_gradient
 from ntkadv.attacks.threat_model import ThreatModel
 from ntkadv.training.fgsm import require_threat
-from ntkadv.training.method import Method, Mode, Passes, gradient_of, images_to_outputs, require_mode
+from ntkadv.training.method import Method, Mode, Passes, gradient_of, grown, images_to_outputs, require_mode
 
 __all__ = ["TRADESTraining", "kl_attack", "kl_divergence"]
 
@@ -36,6 +36,7 @@ class TRADESTraining(Method):
         step_size: Length of a step; eps / 4 if not given.
         noise: Standard deviation of the start around the clean image, in pixels.
         attack_mode: See `PGDTraining`; the authors attack in evaluation.
+        warmup: See `PGDTraining`.
         loss: The loss of clean images, see `Method`.
         reduction: See `Method`.
 
@@ -50,6 +51,7 @@ class TRADESTraining(Method):
     step_size: float | None = None
     noise: float = 1e-3
     attack_mode: Mode = "eval"
+    warmup: int = 0
     loss: str | Loss = "cross_entropy"
 
     def __post_init__(self) -> None:
@@ -61,6 +63,7 @@ class TRADESTraining(Method):
         if self.step_size is not None:
             require_nonnegative("step_size", self.step_size, strict=True)
         require_mode("attack_mode", self.attack_mode)
+        require_int("warmup", self.warmup, minimum=0)
 
     @property
     def name(self) -> str:
@@ -75,8 +78,9 @@ class TRADESTraining(Method):
     def images(self, f, params, batch) -> Array:
         """Give the attacked images."""
         model = images_to_outputs(f, params, self.attack_mode)
+        threat = grown(self.threat, self.warmup, batch.step)
         return kl_attack(
-            model, self.threat, batch.x, batch.keys, steps=self.steps, step_size=self.step_size, noise=self.noise
+            model, threat, batch.x, batch.keys, steps=self.steps, step_size=self.step_size, noise=self.noise
         )
 
     def update(self, f, optimizer, state, batch) -> tuple[Any, dict[str, Array]]:

@@ -1,6 +1,6 @@
 """Networks as practitioners train them, Equinox modules with batch norm; finite width only."""
 
-from ntkadv.vision.base import Pass, Statistics, VisionModel
+from ntkadv.vision.base import Pass, Statistics, VisionModel, combined
 from ntkadv.vision.plain import LeNet, SmallCNN
 from ntkadv.vision.preact_resnet import PreActResNet, preact_resnet18, wide_resnet
 from ntkadv.vision.resnet9 import ResNet9
@@ -13,6 +13,7 @@ __all__ = [
     "SmallCNN",
     "Statistics",
     "VisionModel",
+    "combined",
     "preact_resnet18",
     "wide_resnet",
 ]

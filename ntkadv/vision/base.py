@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from ntkadv._typing import AnyArray
 
-__all__ = ["Pass", "Statistics", "VisionModel"]
+__all__ = ["Pass", "Statistics", "VisionModel", "combined"]
 
 M = TypeVar("M", bound="VisionModel")
 
@@ -146,6 +146,11 @@ class VisionModel(eqx.Module):
     def num_params(self) -> int:
         """Number of parameters that are trained."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.split()[0]))
+
+
+def combined(params: Any, statistics: Any, rest: M) -> M:
+    """Put a network together again, see `VisionModel.split`."""
+    return eqx.combine(params, statistics, rest)
 
 
 def is_statistics(node: Any) -> bool:
