@@ -224,8 +224,8 @@ def rebuilt(network: na.vision.VisionModel, cell: Mapping[str, np.ndarray]) -> A
     """Put the arrays of a cell into its network."""
     params, statistics, rest = network.split()
     leaves, structure = jax.tree.flatten((params, statistics))
-    filled = jax.tree.unflatten(structure, [jnp.asarray(cell[f"leaf{i}"]) for i in range(len(leaves))])
-    return na.vision.combined(*filled, rest)
+    params, statistics = jax.tree.unflatten(structure, [jnp.asarray(cell[f"leaf{i}"]) for i in range(len(leaves))])
+    return na.vision.combined(params, statistics, rest)
 
 
 def draw(config: Config, run: na.runs.Run, lab: Lab, found: Mapping[str, list[dict[str, np.ndarray]]]) -> None:
@@ -273,7 +273,7 @@ def prominence(config: Config, lab: Lab) -> tuple[list[str], dict[str, np.ndarra
     shares: dict[str, np.ndarray] = {}
     for name, model in ends.items():
         form, params, statistics = na.training.trainable(model)
-        measure = jax.jit(partial(robust_gradient_prominence, method=method, batch=batch))
+        measure: Any = jax.jit(partial(robust_gradient_prominence, method=method, batch=batch))
         scores = measure(Forward(form, statistics), params)
         tensors = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(scores) if leaf.ndim > 1]
         layers = [label_of(path) for path, _ in tensors]

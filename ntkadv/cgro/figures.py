@@ -271,7 +271,9 @@ def accuracies_over_epochs(models: Mapping[str, Mapping[str, np.ndarray]], *, ti
         axes.set_visible(False)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, frameon=False, ncols=4, loc="outside lower center")
-    figure.supxlabel("epoch", fontsize=10)
+    for axes in grid[max(0, len(models) - columns) : len(models)]:
+        axes.set_xlabel("epoch")
+        axes.tick_params(labelbottom=True)
     figure.supylabel("accuracy", fontsize=10)
     figure.suptitle(title, fontsize=11)
     return figure

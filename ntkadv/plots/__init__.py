@@ -1,7 +1,7 @@
 """Figures from results, and nothing else: every function takes what was measured and returns a matplotlib `Figure`.
 
-`plots.wide`, `plots.features`, `plots.after` and `plots.training` have those of their experiments, `plots.style` what all
-of them share.
+`plots.wide`, `plots.features`, `plots.after` and `plots.training` have those of their experiments, `plots.style` what
+all of them share.
 """
 
 from ntkadv.plots import style

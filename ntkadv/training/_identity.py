@@ -33,7 +33,7 @@ def identity_of(run: Steps, start: TrainState) -> dict[str, Any]:
         "batch_size": run.batch_size,
         "augmentation": described(run.augmentation),
         "average": run.average,
-        "time_step": run.time_step,
+        "time_step": described(run.time_step),
         "images": list(map(int, x.shape)),
         "pixels": float(np.sum(np.asarray(x), dtype=np.float64)),
         "labels": int(np.asarray(labels, np.int64) @ np.arange(1, len(labels) + 1)),
@@ -56,6 +56,9 @@ def _described(value: Any, above: tuple[int, ...]) -> str:
     if id(value) in above:
         return "..."
     inner = functools.partial(_described, above=(*above, id(value)))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        # A rate that was computed in another way differs in its last bits; optax turns whole numbers into floats.
+        return f"{float(value):.12g}"
     if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:
         return f"{value.dtype}{list(value.shape)} of sum {np.sum(np.asarray(value), dtype=np.float64)}"
     if isinstance(value, functools.partial):

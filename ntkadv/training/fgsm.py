@@ -66,7 +66,7 @@ class FGSMTraining(Method):
 
     def images(self, f, params, batch) -> Float[Array, "b *image"]:
         """Give the attacked images."""
-        threat = grown(self.threat, self.warmup, batch.step)
+        threat = grown(self.threat, self.warmup, batch)
         model = images_to_outputs(f, params, self.attack_mode)
         start = batch.x
         if self.random_start:

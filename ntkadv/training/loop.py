@@ -83,7 +83,8 @@ def train(
             the network is one of `ntkadv.vision`, with that. See `robust_accuracy`.
         record_at: Steps at which to record, 0 being the beginning; by default every epoch's end where `epochs` is
             given, else the first, the last, and 20 between.
-        keep_best: Name of a recorded number; the network where it was largest is kept besides the last one.
+        keep_best: Name of a recorded number; the network where it was largest, the latest of these, is kept besides the
+            last one.
         stop: A function of the history so far; where it says true, training ends early. Called after each record.
         checkpoint: A file (.npz) for the state of the run. Where it exists, the run goes on from there.
         checkpoint_seconds: How often it is written; besides, at the end and when the run is interrupted.
@@ -256,7 +257,12 @@ def _network(
         )
     require_params(given if params is None else params)
     images = jax.ShapeDtypeStruct((2, *shape), _dtype_of(given))
-    outputs = jax.eval_shape(Forward(form, statistics), given, images)
+    try:
+        outputs = jax.eval_shape(Forward(form, statistics), given, images)
+    except (TypeError, ValueError) as error:
+        if not isinstance(network, VisionModel):
+            raise
+        raise ValueError(f"the network does not take images of shape {shape}: {str(error).splitlines()[0]}") from error
     if not hasattr(outputs, "shape"):
         raise TypeError(
             f"the network must return one array of outputs, got {jax.tree.structure(outputs)}; a function with a state "

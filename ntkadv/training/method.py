@@ -202,11 +202,11 @@ def images_to_outputs(f: Forward | Network, params: Params, mode: Mode) -> Calla
     return partial(f, params)
 
 
-def grown(threat: ThreatModel, warmup: int, step: Any) -> ThreatModel:
+def grown(threat: ThreatModel, warmup: int, batch: Batch) -> ThreatModel:
     """Give a threat model whose radius rises linearly to its own over `warmup` steps, from the first on."""
     if not warmup:
         return threat
-    share = jnp.minimum(1.0, (jnp.asarray(step, jnp.float32) + 1) / warmup)
+    share = jnp.minimum(1.0, (jnp.asarray(batch.step, batch.x.dtype) + 1) / warmup)
     return threat.with_eps(share * threat.eps)
 
 

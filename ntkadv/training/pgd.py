@@ -56,5 +56,5 @@ class PGDTraining(Method):
         model = images_to_outputs(f, params, self.attack_mode)
         attack = self.attack
         if self.warmup:
-            attack = attack.with_eps(grown(attack.threat, self.warmup, batch.step).eps)
+            attack = attack.with_eps(grown(attack.threat, self.warmup, batch).eps)
         return jnp.asarray(attack.perturb(model, batch.x, batch.labels, batch.keys), batch.x.dtype)

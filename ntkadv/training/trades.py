@@ -78,7 +78,7 @@ class TRADESTraining(Method):
     def images(self, f, params, batch) -> Array:
         """Give the attacked images."""
         model = images_to_outputs(f, params, self.attack_mode)
-        threat = grown(self.threat, self.warmup, batch.step)
+        threat = grown(self.threat, self.warmup, batch)
         return kl_attack(
             model, threat, batch.x, batch.keys, steps=self.steps, step_size=self.step_size, noise=self.noise
         )

@@ -140,7 +140,12 @@ class VisionModel(eqx.Module):
     def as_function(self) -> tuple[Callable[[Any, Array], Array], Any]:
         """Give f(params, x) in evaluation, its running averages held fixed, and the parameters: for NTKs, say."""
         params, statistics, rest = self.split()
-        return eqx.Partial(_evaluate, statistics, rest), params
+
+        # Not a partial function that is a pytree, which `jax.jit` does not take.
+        def evaluate(params: Any, x: Array) -> Array:
+            return combined(params, statistics, rest)(x)
+
+        return evaluate, params
 
     @property
     def num_params(self) -> int:
@@ -156,7 +161,3 @@ def combined(params: Any, statistics: Any, rest: M) -> M:
 def is_statistics(node: Any) -> bool:
     """Whether a node of a tree is a batch norm's running averages."""
     return isinstance(node, Statistics)
-
-
-def _evaluate(statistics: Any, rest: VisionModel, params: Any, x: Array) -> Array:
-    return eqx.combine(params, statistics, rest)(x)

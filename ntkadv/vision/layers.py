@@ -7,6 +7,8 @@ Weights are drawn as PyTorch's networks of the literature draw theirs.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from ntkadv.vision.base import Pass, Statistics
 
-__all__ = ["BatchNorm", "Convolution", "Linear", "max_pool", "mean_pool"]
+__all__ = ["BatchNorm", "Convolution", "Linear", "largest", "max_pool", "mean_pool"]
 
 
 class Convolution(eqx.Module):
@@ -118,12 +120,26 @@ class BatchNorm(eqx.Module):
 def max_pool(x: Float[Array, "b h w c"], size: int = 2) -> Float[Array, "b h2 w2 c"]:
     """Take the largest pixel of each square; what is left over at the edges is left out.
 
-    Where several are largest, they share the gradient. XLA's own pooling is several times as slow backwards on a CPU.
+    Where several are largest, the first has the gradient. XLA's own pooling is several times as slow backwards on a
+    CPU.
     """
     b, h, w, c = x.shape
     rows, columns = h // size, w // size
     cut = x[:, : rows * size, : columns * size]
-    return jnp.max(cut.reshape(b, rows, size, columns, size, c), axis=(2, 4))
+    return largest(largest(cut.reshape(b, rows, size, columns, size, c), 4), 2)
+
+
+def largest(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Take the largest number along a short axis; NaN if there is one.
+
+    The gradient of `jnp.max` divides by the number of entries that equal the result. Where the compiler computes them
+    twice, with other roundings, none does, and it is NaN.
+    """
+
+    def larger(a: Array, b: Array) -> Array:
+        return jnp.where((a >= b) | jnp.isnan(a), a, b)
+
+    return reduce(larger, (lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])))
 
 
 def mean_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:

@@ -6,11 +6,10 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from ntkadv.vision.base import Pass, VisionModel
-from ntkadv.vision.layers import BatchNorm, Convolution, Linear, max_pool
+from ntkadv.vision.layers import BatchNorm, Convolution, Linear, largest, max_pool
 
 __all__ = ["ResNet9"]
 
@@ -77,4 +76,4 @@ class ResNet9(VisionModel):
             for unit in units:
                 y = unit(y, through)
             x = x + y if residual else y
-        return self.head(jnp.max(x, axis=(1, 2))) / 8
+        return self.head(largest(largest(x, 2), 1)) / 8
