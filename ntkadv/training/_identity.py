@@ -26,7 +26,7 @@ def identity_of(run: Steps, start: TrainState) -> dict[str, Any]:
     x, labels, _ = run.arrays
     return {
         "parameters": [[str(leaf.dtype), *map(int, np.shape(leaf))] for leaf in map(jnp.asarray, leaves)],
-        "structure": str(structure),
+        "structure": described(str(structure)),
         "network": described(run.network),
         "method": described(run.method),
         "optimizer": described(run.optimizer),

@@ -253,7 +253,7 @@ class Keeper:
         if name not in row or row[name].ndim:
             raise ValueError(f"keep_best must name a number that is recorded, got {name!r}; there are {sorted(row)}.")
         value = float(row[name])
-        if not np.isnan(value) and (self.best is None or value > self.best.value):
+        if not np.isnan(value) and (self.best is None or value >= self.best.value):
             self.best = Best(step, value, *current)
 
     def _finite_loss(self, here: Place, before: Place) -> float:
@@ -277,8 +277,8 @@ class Keeper:
         for name, ours in self.identity.items():
             if theirs.get(name) != ours:
                 raise ValueError(
-                    f"the checkpoint {self.path} is that of another run: its {name} is {theirs.get(name)!r}, here it "
-                    f"is {ours!r}. Give another file, or remove this one."
+                    f"the checkpoint {self.path} is that of another run: its {name} is {_short(theirs.get(name))}, "
+                    f"here it is {_short(ours)}. Give another file, or remove this one."
                 )
 
     def _history(self) -> dict[str, np.ndarray]:
@@ -288,6 +288,11 @@ class Keeper:
     def _line(self, step: int, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
         numbers = {name: value.item() for name, value in row.items() if value.ndim == 0}
         return {"step": step, "time": step * self.run.time_step, **numbers}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 def _packed(name: str, tree: Any) -> dict[str, np.ndarray]:

@@ -151,9 +151,9 @@ def test_training_by_pgd_is_the_attack_then_a_step(key):
     done = train(arch, held, method=method, steps=3, key=key, optimizer=rate, params=start, record_at=[0, 1, 2, 3],
                  record=lambda params: seen.append(params) or {}, progress=False)  # fmt: skip
     x, targets = jnp.asarray(held.x_train), jnp.asarray(held.targets_train)
-    run_key = jax.random.split(key)[1]
+    step_key = jax.random.split(jax.random.split(key)[1])[1]
     for step in range(3):
-        attack_key = jax.random.split(jax.random.fold_in(run_key, step))[1]
+        attack_key = jax.random.split(jax.random.fold_in(step_key, step))[0]
         f = lambda z, params=seen[step]: arch.apply(params, z)  # noqa: E731
         moved = attack(f, x, held.y_train, key=attack_key)
         assert np.abs(moved - x).max() <= 0.1 + 1e-6
