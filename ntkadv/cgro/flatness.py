@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -37,6 +37,7 @@ from ntkadv._checks import (
     require_nonnegative,
     require_same_length,
 )
+from ntkadv._convolutions import canonical_convolutions
 from ntkadv._typing import AnyArray
 from ntkadv.attacks.losses import Loss, get_loss
 from ntkadv.attacks.model import Model, num_classes_of
@@ -309,4 +310,9 @@ def _over_batches(
 
 @eqx.filter_jit
 def _search(model: Model, x: Array, labels: Array, keys: Array, eps: Array, settings: Flatness) -> Maxima:
-    return largest_gradient(model, x, labels, keys, eps, settings)
+    arrays, rest = eqx.partition(model, eqx.is_array)
+
+    def search(arrays: Any, x: Array, labels: Array, keys: Array, eps: Array) -> Maxima:
+        return largest_gradient(eqx.combine(arrays, rest), x, labels, keys, eps, settings)
+
+    return canonical_convolutions(search)(arrays, x, labels, keys, eps)
