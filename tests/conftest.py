@@ -1,5 +1,6 @@
 """What every test relies on: shapes and types checked as they run, no silent promotion of dtypes, real data if any."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -60,6 +61,14 @@ def x64():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Give a function that loads an example or a benchmark by its name, as a module."""
+    for folder in ("examples", "benchmarks"):
+        monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / folder))
+    return importlib.import_module
 
 
 @pytest.fixture(scope="session")

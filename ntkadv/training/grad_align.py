@@ -13,7 +13,7 @@ from ntkadv._checks import require_nonnegative
 from ntkadv.attacks.losses import Loss, get_loss
 from ntkadv.attacks.threat_model import ThreatModel, fold_in_each
 from ntkadv.training.fgsm import FGSMTraining
-from ntkadv.training.method import Method, Passes, gradient_of
+from ntkadv.training.method import Method, Passes, gradient_of, grown
 
 __all__ = ["GradAlignTraining"]
 
@@ -34,6 +34,7 @@ class GradAlignTraining(Method):
         step: Length of FGSM's step in units of eps.
         through: Whether the penalty's own gradient passes through both input gradients, as the formula has it, or
             through the one at the random point only, which is cheaper.
+        warmup: See `PGDTraining`; the random point's radius grows too.
         loss: See `Method`.
         reduction: See `Method`; the penalty is averaged in any case.
 
@@ -46,6 +47,7 @@ class GradAlignTraining(Method):
     weight: float = 0.2
     step: float = 1.25
     through: Literal["both", "random"] = "both"
+    warmup: int = 0
     loss: str | Loss = "cross_entropy"
 
     def __post_init__(self) -> None:
@@ -68,7 +70,8 @@ class GradAlignTraining(Method):
     def update(self, f, optimizer, state, batch) -> tuple[Any, dict[str, Array]]:
         """Make one update."""
         images = jax.lax.stop_gradient(self.images(f, state.params, batch))
-        random = self.threat.random_point(fold_in_each(batch.keys, jnp.uint32(1)), batch.x).astype(batch.x.dtype)
+        threat = grown(self.threat, self.warmup, batch.step)
+        random = threat.random_point(fold_in_each(batch.keys, jnp.uint32(1)), batch.x).astype(batch.x.dtype)
         factor = 1.0 if self.reduction == "mean" else batch.x.shape[0] / batch.share
         loss = get_loss(self.loss)
 
@@ -87,7 +90,7 @@ class GradAlignTraining(Method):
         return new, {"loss": mean + self.weight * penalty}
 
     def _fgsm(self) -> FGSMTraining:
-        return FGSMTraining(self.threat, step=self.step, random_start=False, loss=self.loss)
+        return FGSMTraining(self.threat, step=self.step, random_start=False, warmup=self.warmup, loss=self.loss)
 
 
 def _mean_cosine(a: Array, b: Array) -> Array:
