@@ -148,11 +148,12 @@ def test_the_best_network_is_that_of_the_largest_number(key):
 
     done = train(linear, data(), steps=5, key=key, params=single(linear_params()), record=record, record_at=range(6),
                  keep_best="score", **QUIET)  # fmt: skip
-    assert (done.best.step, done.best.value) == (2, 0.7)
-    assert equal_bits(done.best.params, seen[2])
+    # Of several that are as good it is the latest.
+    assert (done.best.step, done.best.value) == (4, 0.7)
+    assert equal_bits(done.best.params, seen[4])
     assert not equal_bits(done.best.params, done.params)
     x = jnp.asarray(data().x_test)
-    np.testing.assert_array_equal(done.best_predictor(x), linear(seen[2], x))
+    np.testing.assert_array_equal(done.best_predictor(x), linear(seen[4], x))
     # NaN is never the best, at the beginning neither.
     values[:], seen[:] = [np.nan, -1.0, -2.0, np.nan, -3.0, -4.0], []
     done = train(linear, data(), steps=5, key=key, params=single(linear_params()), record=record, record_at=range(6),
