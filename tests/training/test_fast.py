@@ -210,6 +210,15 @@ def test_with_a_warmup_the_ball_grows_linearly_to_its_own_size(kind, x64):
         assert np.abs(expected - x).max() == pytest.approx(share * EPS)
 
 
+def test_grad_align_s_random_points_grow_with_its_warmup(x64):
+    held = images()
+    after = []
+    for method, step in ((GradAlignTraining(Linf(EPS), warmup=4), 1), (GradAlignTraining(Linf(EPS / 2)), 0)):
+        network, state = begun(method, tiny_resnet(stages=1), held)
+        after.append(updater(method, network)(state, batch_of(held, step=step))[0])
+    assert_leaves(after[0], after[1], rtol=1e-9, atol=1e-12)
+
+
 def test_catastrophic_overfitting_is_the_first_fall_by_more_than_the_drop():
     assert catastrophic_overfitting([0.1, 0.3, 0.42, 0.01, 0.0]) == 3
     assert catastrophic_overfitting([0.1, 0.3, 0.42, 0.3, 0.2, 0.1]) is None
