@@ -7,13 +7,16 @@
    outside the training radius; and the rank correlation of global flatness with the robust gap, over epochs and widths.
 
     python examples/cgro_real_images.py                                             # MNIST, LeNet x1 to x16
-    python examples/cgro_real_images.py --model lenet5 --widths 1 2 --eps 0.1 --epochs 20 --records 11 --flatness \
-        --output runs/cgro_flatness
-    python examples/cgro_real_images.py --dataset cifar10 --model resnet9 --eps 0.031373 --widths 2 4 \
-        --optimizer sgd --learning-rate 0.1 --epochs 15 --flatness --output runs/cgro_cifar10
+    python examples/cgro_real_images.py --warm-up 15 --output runs/cgro_real_images_warm    # none collapses
+    python examples/cgro_real_images.py --model lenet5 --widths 1 2 --eps 0.1 --epochs 20 --flatness \
+        --radii 0 0.5 0.75 1 1.5 2 --output runs/cgro_flatness
+    python examples/cgro_real_images.py --dataset cifar10 --model resnet9 --eps 0.031373 --widths 4 8 \
+        --optimizer sgd --learning-rate 0.1 --batch-size 50 --epochs 15 --flatness --radii 0 0.5 0.75 1 1.5 2 \
+        --output runs/cgro_cifar10
 
 The published networks were trained on all images, and no settings of their training were found: what is chosen here is
-in the configuration. A run that was stopped goes on where it was when the same command is given again.
+in the configuration. Widths and seeds can be added to a run. One that was stopped goes on where it was when the same
+command is given again.
 
 Source: Li & Li, ICML 2025, arXiv 2306.01271; the LeNets are those of Madry et al., ICLR 2018, arXiv 1706.06083.
 """
@@ -165,6 +168,7 @@ def main(config: Config) -> None:
     run.save_json("table", rows)
     write_tables(rows, run.path, is_published(config))
     title = f"{config.dataset}, {config.model}, n = {config.n_train}, ε = {config.eps:.3g}"
+    title += f", warm-up {config.warm_up} epochs" if config.warm_up else ""
     run.figure(figures.accuracies_against_width(panels_of(config, cells), title=title), "width")
     run.figure(figures.accuracies_over_epochs(over_epochs(config, cells), title=title), "epochs")
     console.print(table_of(rows, is_published(config)))
