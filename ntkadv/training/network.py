@@ -37,7 +37,8 @@ class Trainable(abc.ABC):
 class _Function(eqx.Module, Trainable):
     """Any function f(params, x); a record function is given its parameters."""
 
-    f: Network = eqx.field(static=True)
+    # No static field: a linearised network brings arrays along.
+    f: Network
 
     def forward(self, params: Params, statistics: Any, x: Array, through: Pass) -> tuple[Array, Any]:
         del through

@@ -17,8 +17,8 @@ class PGDTraining(Method):
         attack: The attack, usually `PGD(threat, steps=10, keep_best=False)`.
         attack_mode: Whether batch norm takes the batch's statistics while attacking, as most codes have it, or its
             running averages.
-        warmup: Steps over which the radius of the attack grows from nothing. At full strength from the start, a small
-            network may stay at a constant answer.
+        warmup: Steps over which the radius of the attack grows from nothing; a step size that was given stays as it is.
+            At full strength from the start, a small network may stay at a constant answer.
         loss: See `Method`.
         reduction: See `Method`.
 
