@@ -65,6 +65,7 @@ class Scale:
     queries: int
     members: tuple[str, ...]
     looks: int
+    targets: int = 9
     crop: int = 0
     evaluation_batch: int = 500
 
@@ -190,11 +191,15 @@ class Bench:
         return made[name]()
 
     def _optimizer(self, family: str) -> optax.GradientTransformation:
-        """Give the optimiser: Adam, at the rate that suits the parametrisation; SGD as published for ResNets."""
+        """Give the optimiser: Adam, at a rate that suits the parametrisation; SGD as published for ResNets.
+
+        The rate rises before it falls: at full rate from the start a network has memorised its images before APART's
+        generator has grown, and then it never grows.
+        """
         if family == "PreActResNet-18":
             return na.training.sgd(na.training.piecewise(0.1, self.steps), weight_decay=5e-4)
         peak = 3e-3 if family == "patch CNN" else 0.02
-        return optax.adam(optax.cosine_decay_schedule(peak, max(1, self.steps)))
+        return optax.adam(na.training.triangular(peak, self.steps))
 
     def _trained(self, family: str, method: str, seed: int) -> Made:
         """Train a network; CURE begins with one that was trained without attacks."""

@@ -45,9 +45,9 @@ SCALES = {
         queries=5, members=("apgd-ce", "apgd-t"), looks=2,
     ),
     "small": Scale(
-        dataset="digits", n_train=1000, n_val=297, n_test=500, eps=0.15, epochs=30, batch_size=100, attack_steps=10,
-        families=("MLP", "CNN", "patch CNN"), depth=3, width=256, cnn_depth=2, cnn_width=32, times=12, fit_steps=40,
-        judge_steps=20, queries=200, members=("apgd-ce", "apgd-t", "square"), looks=10,
+        dataset="digits", n_train=1000, n_val=297, n_test=300, eps=0.15, epochs=30, batch_size=100, attack_steps=10,
+        families=("MLP", "CNN", "patch CNN"), depth=3, width=256, cnn_depth=2, cnn_width=32, times=10, fit_steps=20,
+        judge_steps=20, queries=100, targets=3, members=("apgd-ce", "apgd-t", "square"), looks=10,
     ),
     "paper": Scale(
         dataset="cifar10", n_train=10_000, n_val=2_000, n_test=10_000, eps=8 / 255, epochs=60, batch_size=128,
@@ -148,7 +148,12 @@ def judged(bench: Bench, made: Made, seed: int) -> dict[str, Any]:
     attacks = {
         "PGD-20": na.attacks.PGD(threat, steps=20, loss="cross_entropy" if made.is_network else "squared"),
         "AutoAttack": na.attacks.AutoAttack(
-            threat, version="custom", attacks_to_run=list(scale.members), steps=scale.judge_steps, queries=scale.queries
+            threat,
+            version="custom",
+            attacks_to_run=list(scale.members),
+            steps=scale.judge_steps,
+            queries=scale.queries,
+            targets=scale.targets,
         ),
     }
     with warnings.catch_warnings():
