@@ -7,10 +7,10 @@
    outside the training radius; and the rank correlation of global flatness with the robust gap, over epochs and widths.
 
     python examples/cgro_real_images.py                                             # MNIST, LeNet x1 to x16
-    python examples/cgro_real_images.py --warm-up 15 --output runs/cgro_real_images_warm    # none collapses
+    python examples/cgro_real_images.py --warm-up 15 --output runs/cgro_real_images_warm
     python examples/cgro_real_images.py --model lenet5 --widths 1 2 --eps 0.1 --epochs 20 --flatness \
         --radii 0 0.5 0.75 1 1.5 2 --output runs/cgro_flatness
-    python examples/cgro_real_images.py --dataset cifar10 --model resnet9 --eps 0.031373 --widths 4 8 \
+    python examples/cgro_real_images.py --dataset cifar10 --model resnet9 --eps 0.031373 --widths 4 16 \
         --optimizer sgd --learning-rate 0.1 --batch-size 50 --epochs 15 --flatness --radii 0 0.5 0.75 1 1.5 2 \
         --output runs/cgro_cifar10
 
