@@ -257,7 +257,7 @@ def accuracies_over_epochs(models: Mapping[str, Mapping[str, np.ndarray]], *, ti
         models: for each, `epochs` and the four accuracies, `(E,)` each.
         title: above it all.
     """
-    columns = min(3, len(models))
+    columns = min(3, int(np.ceil(np.sqrt(len(models)))))
     rows = -(-len(models) // columns)
     figure = Figure(figsize=(1.2 + 2.9 * columns, 0.9 + 2.5 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
