@@ -66,6 +66,7 @@ class Scale:
     members: tuple[str, ...]
     looks: int
     targets: int = 9
+    cnn_stride: int = 1
     crop: int = 0
     evaluation_batch: int = 500
 
@@ -115,7 +116,9 @@ class Bench:
         scale = self.scale
         if family == "MLP":
             return na.architectures.mlp(depth=scale.depth, width=scale.width, num_classes=10)
-        return na.architectures.cnn(depth=scale.cnn_depth, width=scale.cnn_width, num_classes=10)
+        return na.architectures.cnn(
+            depth=scale.cnn_depth, width=scale.cnn_width, stride=scale.cnn_stride, num_classes=10
+        )
 
     def _parts(self, family: str, seed: int) -> tuple[na.TrainingDynamics, np.ndarray, float]:
         """Give the dynamics of a family on a seed's images, the Gram matrix, and how long they took."""

@@ -47,7 +47,7 @@ SCALES = {
     "small": Scale(
         dataset="digits", n_train=1000, n_val=297, n_test=300, eps=0.15, epochs=30, batch_size=100, attack_steps=10,
         families=("MLP", "CNN", "patch CNN"), depth=3, width=256, cnn_depth=2, cnn_width=32, times=10, fit_steps=20,
-        judge_steps=20, queries=100, targets=3, members=("apgd-ce", "apgd-t", "square"), looks=10,
+        judge_steps=20, queries=100, targets=3, cnn_stride=2, members=("apgd-ce", "apgd-t", "square"), looks=10,
     ),
     "paper": Scale(
         dataset="cifar10", n_train=10_000, n_val=2_000, n_test=10_000, eps=8 / 255, epochs=60, batch_size=128,
