@@ -6,7 +6,7 @@ one fixed robust network, beside random noise; how APART's generator grows; robu
 which weights CURE calls prominent. And a table: passes through the network, seconds an epoch, best and last.
 
     python examples/robust_training.py
-    python examples/robust_training.py --n-train 500 --epochs 60 --seeds 0 --output runs/overfitting   # overfits more
+    python examples/robust_training.py --dataset digits --n-train 1000 --eps 0.15 --epochs 60 --output runs/digits
 
 A run that was stopped goes on where it was when the same command is given again.
 """

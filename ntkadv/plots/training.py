@@ -52,15 +52,17 @@ def generator(
         own: Accuracy of each network itself under PGD.
         title: Of the figure.
     """
-    figure = Figure(figsize=(9.6, 3.9), layout="constrained")
+    figure = Figure(figsize=(11.2, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, values), (colour, marker, line) in zip(transferred.items(), STYLES, strict=False):
         _band(left, epochs, values, name, colour, marker, line)
         _band(right, epochs, own[name], name, colour, marker, line)
-    left.axhline(float(np.mean(noise)), color="0.4", linewidth=1.2, label="random signs")
-    finish(left, "epoch", "accuracy of the fixed PGD network", "on perturbations made against ...")
+    left.axhline(float(np.mean(noise)), color="0.4", linewidth=1.2)
+    right.plot([], [], color="0.4", linewidth=1.2, label="random signs")
+    finish(left, "epoch", "accuracy of the fixed PGD network", "on perturbations made against ...", legend=False)
     finish(right, "epoch", "own accuracy under PGD", "the network they are made against", legend=False)
     right.set_ylim(-0.02, 1.02)
+    legend_beside(right)
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -110,6 +112,8 @@ def prominence(
             places, middle, (middle - low, high - middle), fmt=marker, color=colour, markersize=5, capsize=3, label=name
         )
     axes.set_yscale("log")
+    # Weights of units that never answer have none; their bars end at the edge.
+    axes.set_ylim(bottom=max(min(float(values[:, 1].min()) for values in shares.values()), 1e-12) / 30)
     axes.set_xticks(np.arange(len(layers)), layers, fontsize=8)
     finish(axes, "weight tensor", "prominence, 10th to 90th percentile", title, legend=False)
     legend_beside(axes)
