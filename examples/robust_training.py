@@ -163,7 +163,7 @@ class Lab:
             "pgd": lambda: PGDTraining(pgd, loss="cross_entropy", warmup=warmup),
             "fgsm": lambda: FGSMTraining(threat, random_start=False, step=1.0, warmup=warmup),
             "fgsm-rs": lambda: FGSMTraining(threat, warmup=warmup),
-            "gradalign": lambda: GradAlignTraining(threat, warmup=warmup),
+            "gradalign": lambda: GradAlignTraining(threat),
             "apart": lambda: APARTTraining.scaled(threat, steps=self.steps),
             "trades": lambda: TRADESTraining(threat, steps=steps, warmup=warmup),
             "cure": lambda: CURETraining(threat, steps=steps, warmup=warmup),
