@@ -12,6 +12,8 @@ from ntkadv.attacks.apgd import _ascend
 from ntkadv.attacks.losses import LOSSES, TARGETED_LOSSES
 from ntkadv.attacks.targets import target_classes
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 THREATS = [Linf(0.1), L2(0.4), L1(1.5)]
 every_threat = pytest.mark.parametrize("threat", THREATS, ids=lambda threat: threat.norm)
 N = 48

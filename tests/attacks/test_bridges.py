@@ -14,6 +14,8 @@ from ntkadv.attacks import PGD, Linf
 from ntkadv.attacks.bridges import foolbox_model, torch_module
 from ntkadv.predictors import KernelPredictor
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 
 def kernel_machine():
     coefficients = np.random.default_rng(6).normal(size=(30, CLASSES)).astype(np.float32)

@@ -17,6 +17,8 @@ from ntkadv.attacks.certificates import Certificate, estimate_curvature, first_o
 from ntkadv.attacks.losses import margin
 from ntkadv.predictors import KernelPredictor
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 PIXELS = int(np.prod(IMAGE))
 THREATS = [Linf(0.3), L2(0.9), L1(2.5), L2(10.0), L1(100.0), L2(0.0), L1(0.0), Linf(1.0)]
 every_threat = pytest.mark.parametrize("threat", THREATS, ids=lambda t: f"{t.norm} {t.eps}")

@@ -11,6 +11,8 @@ from ntkadv.attacks import L1, L2, Linf
 from ntkadv.attacks.base import sample_keys
 from ntkadv.attacks.fab import FAB
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 THREATS = [Linf(0.05), L2(0.2), L1(0.5)]
 ORDER = {"Linf": np.inf, "L2": 2, "L1": 1}
 every_threat = pytest.mark.parametrize("threat", THREATS, ids=["Linf", "L2", "L1"])

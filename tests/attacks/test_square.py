@@ -12,6 +12,8 @@ from ntkadv.attacks import L1, L2, PGD, Linf
 from ntkadv.attacks.losses import LOSSES, margin
 from ntkadv.attacks.square import SquareAttack, _patch, _recolour, _redistribute
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 IMAGE = (10, 10, 3)
 THREATS = [Linf(0.03), L2(0.45)]
 every_threat = pytest.mark.parametrize("threat", THREATS, ids=["Linf", "L2"])

@@ -13,6 +13,8 @@ import ntkadv as na
 from ntkadv.cgro import Flatness, FlatnessCurves, flatness_curves, rank_correlation
 from ntkadv.cgro.flatness import largest_gradient
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 
 def first_score(logits, labels):
     """A loss that is the model's second output: then gradients are those of the model."""

@@ -10,6 +10,8 @@ from patch_problems import NETWORKS, plain_loss, plain_scores, sample, start
 
 from ntkadv.cgro import FixedLinear, PatchPGD, SignalLine, train
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 
 @pytest.mark.parametrize(
     ("name", "attack", "route"),

@@ -10,6 +10,8 @@ from ntkadv import attacks
 from ntkadv.cgro import LineAttack, PatchNetwork, PatchPGD, SignalLine, to_images
 from ntkadv.cgro.network import responses
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_margins_and_gradients_by_hand_are_those_of_autodiff(name, x64):

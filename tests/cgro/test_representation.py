@@ -19,6 +19,8 @@ from ntkadv.cgro import (
 )
 from ntkadv.cgro.representation import forward
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 SHAPES = [((2, 3, 2), 7, 3), ((1, 1, 1), 3, 2), ((1, 5, 1), 4, 2), ((2, 2, 2), 6, 2), ((1, 7, 3), 5, 4)]
 
 

@@ -10,6 +10,8 @@ from problems import dense_coefficients, dense_gradient, kernel_spectrum, matrix
 
 from ntkadv.dynamics.phi import solve, training_coefficients
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 N, C = 60, 3
 COTANGENT = np.random.default_rng(3).standard_normal((N, C))
 

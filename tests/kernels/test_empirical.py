@@ -12,6 +12,8 @@ from jax.flatten_util import ravel_pytree
 from ntkadv.architectures import Erf, cnn, import_neural_tangents, mlp
 from ntkadv.kernels import empirical_ark, empirical_nngp, empirical_ntk, empirical_ntk_diagonal, ntk_product
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 IMAGE = (4, 3, 2)
 CLASSES = 3
 

@@ -7,6 +7,8 @@ import pytest
 
 from ntkadv.kernels import empirical_ntk
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 CLASSES = 3
 
 
