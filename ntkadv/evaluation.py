@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Bool, Float, Key
 from tqdm.auto import tqdm
 
 from ntkadv._checks import (
@@ -295,9 +295,15 @@ def is_correct(model: Model, x: AnyArray, labels: AnyArray, batch_size: int, nam
     Raises:
         ValueError: the logits are not finite.
     """
-    logits = []
-    for batch in batches(np.arange(len(x)), batch_size):
-        logits.append(np.asarray(logits_of(model, jnp.asarray(x[batch.places])))[: batch.size])
-    all_logits = np.concatenate(logits)
-    require_finite(f"logits ({name})", all_logits)
-    return all_logits.argmax(axis=1) == np.asarray(labels)
+    logits = all_logits(model, x, batch_size)
+    require_finite(f"logits ({name})", logits)
+    return logits.argmax(axis=1) == np.asarray(labels)
+
+
+def all_logits(model: Model, x: AnyArray, batch_size: int) -> Float[np.ndarray, "n classes"]:
+    """Logits of all images, batch by batch, by one compiled program."""
+    parts = [
+        np.asarray(logits_of(model, jnp.asarray(x[batch.places])))[: batch.size]
+        for batch in batches(np.arange(len(x)), batch_size)
+    ]
+    return np.concatenate(parts)

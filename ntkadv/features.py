@@ -29,12 +29,10 @@ from ntkadv._checks import require_finite, require_int, require_key, require_lab
 from ntkadv._tables import pack, unpack
 from ntkadv._typing import AnyArray
 from ntkadv.attacks.base import Attack
-from ntkadv.attacks.model import logits_of
 from ntkadv.attacks.pgd import PGD
-from ntkadv.attacks.search import batches
 from ntkadv.data import Dataset, targets
 from ntkadv.dynamics import TrainingDynamics
-from ntkadv.evaluation import Split, samples_of
+from ntkadv.evaluation import Split, all_logits, samples_of
 from ntkadv.kernels.gram import gram
 from ntkadv.predictors import KernelPredictor
 from ntkadv.statistics import require_confidence, wilson_intervals
@@ -319,10 +317,6 @@ def feature_robustness(
 
 
 def _outputs(model: KernelPredictor, x: AnyArray, batch_size: int) -> Float[np.ndarray, "m c"]:
-    parts = [
-        np.asarray(logits_of(model, jnp.asarray(x[batch.places])))[: batch.size]
-        for batch in batches(np.arange(len(x)), batch_size)
-    ]
-    outputs = np.concatenate(parts).astype(np.float64)
+    outputs = all_logits(model, x, batch_size).astype(np.float64)
     require_finite("outputs of the features", outputs)
     return outputs

@@ -234,7 +234,7 @@ class Keeper:
             state,
             step,
             steps,
-            self._history(),
+            self.history,
             self.run.time_step,
             self.best,
         )
@@ -242,7 +242,8 @@ class Keeper:
     @property
     def history(self) -> dict[str, np.ndarray]:
         """What has been recorded, one row a step."""
-        return self._history()
+        names = self.rows[0] if self.rows else {}
+        return {name: np.stack([row[name] for row in self.rows]) for name in names}
 
     def _compare(self, name: str, step: int, row: Mapping[str, np.ndarray], current: tuple[Any, Any]) -> None:
         """Keep the network if it is the best so far.
@@ -266,7 +267,7 @@ class Keeper:
         if self.path is None:
             return
         arrays = _packed("leaf", here.state)
-        history = {f"history.{name}": values for name, values in self._history().items()}
+        history = {f"history.{name}": values for name, values in self.history.items()}
         meta: dict[str, Any] = {"step": here.step, "identity": self.identity}
         if self.best is not None:
             meta["best"] = [self.best.step, self.best.value]
@@ -280,10 +281,6 @@ class Keeper:
                     f"the checkpoint {self.path} is that of another run: its {name} is {_short(theirs.get(name))}, "
                     f"here it is {_short(ours)}. Give another file, or remove this one."
                 )
-
-    def _history(self) -> dict[str, np.ndarray]:
-        names = self.rows[0] if self.rows else {}
-        return {name: np.stack([row[name] for row in self.rows]) for name in names}
 
     def _line(self, step: int, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
         numbers = {name: value.item() for name, value in row.items() if value.ndim == 0}

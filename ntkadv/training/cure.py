@@ -99,12 +99,12 @@ class CURETraining(TRADESTraining):
 
     def start(self, problem: Problem) -> CUREState:
         """Begin with a revision network equal to the network."""
-        return CUREState(problem.params, getattr(problem.f, "statistics", ()), jnp.int32(0))
+        return CUREState(problem.params, problem.f.statistics, jnp.int32(0))
 
     def update(self, f, optimizer, state, batch) -> tuple[Any, dict[str, Array]]:
         """Make one update."""
         images = jax.lax.stop_gradient(self.images(f, state.params, batch))
-        factor = 1.0 if self.reduction == "mean" else batch.x.shape[0] / batch.share
+        factor = self.factor(batch)
         clean_target, attacked_target = self._teachers(f, state.method, batch.x, images)
 
         def loss(clean: Array, attacked: Array) -> Array:

@@ -72,7 +72,7 @@ class GradAlignTraining(Method):
         images = jax.lax.stop_gradient(self.images(f, state.params, batch))
         threat = grown(self.threat, self.warmup, batch)
         random = threat.random_point(fold_in_each(batch.keys, jnp.uint32(1)), batch.x).astype(batch.x.dtype)
-        factor = 1.0 if self.reduction == "mean" else batch.x.shape[0] / batch.share
+        factor = self.factor(batch)
         loss = get_loss(self.loss)
 
         def slope(params: Any, x: Array) -> Array:

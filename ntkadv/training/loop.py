@@ -145,9 +145,12 @@ def train(
     pause, pace = time.perf_counter(), 1.0
     try:
         while True:
-            if here.step in wanted and here.step not in keeper.steps:
-                keeper.note(here, before)
-            if here.step == steps or (stop is not None and keeper.steps and bool(stop(keeper.history))):
+            if here.step in wanted:
+                if here.step not in keeper.steps:
+                    keeper.note(here, before)
+                if stop is not None and bool(stop(keeper.history)):
+                    break
+            if here.step == steps:
                 break
             following = wanted[wanted > here.step]
             goal = min(int(following[0]) if following.size else steps, here.step + max(1, int(pace)))

@@ -173,7 +173,7 @@ class Method:
     ) -> tuple[TrainState, dict[str, Array]]:
         """Make one update; `"loss"` among the metrics is the mean loss before it, at the images of the step."""
         images = jax.lax.stop_gradient(self.images(f, state.params, batch))
-        factor = 1.0 if self.reduction == "mean" else batch.x.shape[0] / batch.share
+        factor = self.factor(batch)
 
         def objective(params: Params) -> tuple[Array, Any]:
             outputs, statistics = f.forward(params, images)
@@ -182,6 +182,10 @@ class Method:
 
         gradients, (mean, statistics) = gradient_of(objective, state.params)
         return state.descended(optimizer, gradients, statistics=statistics), {"loss": mean}
+
+    def factor(self, batch: Batch) -> float:
+        """Give what the mean loss of a batch is multiplied by, see `reduction`."""
+        return 1.0 if self.reduction == "mean" else batch.x.shape[0] / batch.share
 
     def losses(self, outputs: Float[Array, "b c"], batch: Batch) -> Float[Array, " b"]:
         """Give the loss of each image."""

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from ntkadv._typing import AnyArray
 from ntkadv.attacks.base import Attack
-from ntkadv.attacks.model import Model, logits_of
+from ntkadv.attacks.model import Model
+from ntkadv.evaluation import all_logits
 
 __all__ = ["GeneratorStrength", "accuracy", "generator_strength", "robust_accuracy"]
 
@@ -20,12 +21,8 @@ def accuracy(
     model: Model, x: Float[AnyArray, "n h w c"], labels: Int[AnyArray, " n"], *, batch_size: int = 256
 ) -> float:
     """Give the share of images that a model classifies correctly."""
-    right = 0
-    for start in range(0, len(x), batch_size):
-        part = jnp.asarray(x[start : start + batch_size])
-        guesses = np.argmax(np.asarray(logits_of(model, part)), axis=1)
-        right += int(np.sum(guesses == np.asarray(labels[start : start + batch_size])))
-    return right / len(x)
+    guesses = all_logits(model, x, min(batch_size, len(x))).argmax(axis=1)
+    return float(np.mean(guesses == np.asarray(labels)))
 
 
 def robust_accuracy(

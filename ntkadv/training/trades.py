@@ -86,7 +86,7 @@ class TRADESTraining(Method):
     def update(self, f, optimizer, state, batch) -> tuple[Any, dict[str, Array]]:
         """Make one update."""
         images = jax.lax.stop_gradient(self.images(f, state.params, batch))
-        factor = 1.0 if self.reduction == "mean" else batch.x.shape[0] / batch.share
+        factor = self.factor(batch)
 
         def objective(params: Any) -> tuple[Array, Any]:
             clean, statistics = f.forward(params, batch.x)
