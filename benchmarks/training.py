@@ -301,6 +301,10 @@ def torch_layers(arch: Any, params: Any, image: tuple[int, int, int]) -> list[To
     return found
 
 
+# Fewest steps at a time. A run here ends with one more, which proves that the network it leaves is a good one.
+_STEPS = 20
+
+
 def in_turn(sides: dict[str, Side], repeats: int, seconds: float) -> dict[str, tuple[float, list[float]]]:
     """Measure all sides in turn, each for some seconds: steps per second, the median and all of them."""
     counts = {}
@@ -308,7 +312,7 @@ def in_turn(sides: dict[str, Side], repeats: int, seconds: float) -> dict[str, t
         run(2)
         start = time.perf_counter()
         run(2)
-        counts[side] = max(2, round(2 * seconds / (time.perf_counter() - start)))
+        counts[side] = max(_STEPS, round(2 * seconds / (time.perf_counter() - start)))
         run(counts[side] // 4 + 1)
     rates: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(repeats):

@@ -1,7 +1,8 @@
 """Convolutions in the one layout that XLA computes fast inside loops on a CPU."""
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
+from math import prod
 from typing import Any
 
 import jax
@@ -87,8 +88,39 @@ def _convolve(lhs: Any, rhs: Any, *, dimension_numbers: Any, **parameters: Any) 
     channels_last = (0, spatial + 1, *range(1, spatial + 1))
     kernel_last = (spatial + 1, spatial, *range(spatial))
     canonical = lax.ConvDimensionNumbers(channels_last, kernel_last, channels_last)
-    out = conv_general_dilated_p.bind(lhs, rhs, dimension_numbers=canonical, **parameters)
+    convolve = partial(conv_general_dilated_p.bind, dimension_numbers=canonical, **parameters)
+    out = _by_features(convolve, lhs, rhs) if _is_filter_gradient(convolve, lhs, rhs) else convolve(lhs, rhs)
     axes = [0] * out.ndim
     for here, there in zip(result, channels_last, strict=True):
         axes[here] = there
     return jnp.transpose(out, axes)
+
+
+# Pixels of the images whose share in the gradient of a filter is computed at a time, and the fewest such images.
+_PIXELS, _IMAGES = 2048, 8
+
+
+def _is_filter_gradient(convolve: Callable[[Any, Any], Any], lhs: Any, rhs: Any) -> bool:
+    """Whether the "kernel" is larger than the result, as where the images of a batch are features to be summed over."""
+    grouped = lhs.shape[-1] != rhs.shape[-2]
+    return not grouped and prod(rhs.shape[:-2]) > prod(jax.eval_shape(convolve, lhs, rhs).shape[1:-1])
+
+
+def _by_features(convolve: Callable[[Any, Any], Any], lhs: Any, rhs: Any) -> Any:
+    """Convolve a few features at a time, and add: XLA's own work on all of them does not fit into the cache."""
+    features = lhs.shape[-1]
+    each = min(features, max(_IMAGES, _PIXELS // prod(rhs.shape[:-2])))
+    whole, left = divmod(features, each)
+    # Features first and channels last: as images are held, so that nothing is moved before the loop.
+    images, slopes = jnp.swapaxes(lhs, 0, -1), jnp.moveaxis(rhs, -2, 0)
+
+    def part(start: Any, size: int) -> Any:
+        some, their_slopes = (lax.dynamic_slice_in_dim(array, start, size) for array in (images, slopes))
+        return convolve(jnp.swapaxes(some, 0, -1), jnp.moveaxis(their_slopes, 0, -2))
+
+    total = part(whole * each, left) if left else part(0, each)
+    done = 0 if left else 1
+    if whole > done:
+        starts = each * jnp.arange(done, whole)
+        total, _ = lax.scan(lambda total, start: (total + part(start, each), None), total, starts)
+    return total

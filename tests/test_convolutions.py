@@ -95,3 +95,27 @@ def test_derivatives_go_through():
 
     expected = jax.grad(lambda x: jnp.sum(gradient(x) ** 2))(X)
     np.testing.assert_allclose(jax.grad(total)(X), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("count", [1, 8, 19, 40])
+def test_gradients_of_filters_are_summed_over_groups_of_images(count, padding, stride):
+    # 19 images leave a group that is not full.
+    x = np.random.default_rng(2).normal(size=(count, 18, 17, 3)).astype(np.float32)
+    kernel = np.random.default_rng(3).normal(size=(3, 3, 3, 5)).astype(np.float32)
+
+    def total(kernel, x):
+        y = lax.conv_general_dilated(x, kernel, (stride, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.mean(jnp.sin(y) ** 2)
+
+    def slope(kernel, x):
+        return jax.grad(total)(kernel, x)
+
+    with jax.enable_x64(True):
+        expected = slope(kernel.astype(np.float64), x.astype(np.float64))
+    found = canonical_convolutions(slope)(kernel, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    program = jax.make_jaxpr(canonical_convolutions(slope))(kernel, x)
+    assert ("scan" in str(program)) == (count > 8)
+    assert set(layouts(program)) == {CANONICAL}

@@ -66,7 +66,9 @@ class Dense(Layer):
 
     def apply(self, params: Any, x: Array) -> Array:
         """Evaluate the affine map."""
-        return _affine(jnp.matmul(x, params["w"], precision="highest"), params, x.shape[-1], self.w_std, self.b_std)
+        y = jnp.matmul(x, params["w"], precision="highest")
+        scale = jnp.asarray(self.w_std / np.sqrt(x.shape[-1]), y.dtype)
+        return y * scale + jnp.asarray(self.b_std, y.dtype) * params["b"]
 
     def propagate(self, covariance: Covariance) -> Covariance:
         """K -> w_std^2 K + b_std^2."""
@@ -100,15 +102,17 @@ class Conv(Layer):
 
     def apply(self, params: Any, x: Array) -> Array:
         """Evaluate the convolution."""
+        # The weights are scaled, not the images: there are fewer of them, in both directions.
+        scale = self.w_std / np.sqrt(self.kernel_size**2 * x.shape[-1])
         y = lax.conv_general_dilated(
             x,
-            params["w"],
+            jnp.asarray(scale, x.dtype) * params["w"],
             window_strides=(self.stride, self.stride),
             padding="SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision="highest",
         )
-        return _affine(y, params, self.kernel_size**2 * x.shape[-1], self.w_std, self.b_std)
+        return y + jnp.asarray(self.b_std, y.dtype) * params["b"]
 
     def propagate(self, covariance: Covariance) -> Covariance:
         """Average the covariances over the window, which at the border holds zeros, then w_std^2 K + b_std^2."""
@@ -337,7 +341,3 @@ def _normal_parameters(key: Array, shape: tuple[int, ...]) -> dict[str, Array]:
         "w": jax.random.normal(w_key, shape, jnp.float32),
         "b": jax.random.normal(b_key, shape[-1:], jnp.float32),
     }
-
-
-def _affine(y: Array, params: dict[str, Array], fan_in: int, w_std: float, b_std: float) -> Array:
-    return y * jnp.asarray(w_std / np.sqrt(fan_in), y.dtype) + jnp.asarray(b_std, y.dtype) * params["b"]
