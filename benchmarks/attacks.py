@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +23,13 @@ import foolbox
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from measure import command_line
 from networks import train
 from rich.console import Console
 from rich.table import Table
 
 import ntkadv as na
+from ntkadv.scripts import launch, settings_of
 
 RESULTS = Path(__file__).parent / "results"
 Side = Callable[[], Any]
@@ -68,7 +67,7 @@ def main(settings: Settings) -> int:
     result = {
         "command": command_line(),
         "environment": na.runs.environment() | {"foolbox": foolbox.__version__},
-        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("root", "output")},
+        "settings": settings_of(settings),
         "comparisons": rows,
     }
     settings.output.parent.mkdir(parents=True, exist_ok=True)
@@ -180,4 +179,4 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Settings, description=__doc__)))
+    launch(main, Settings, __doc__)

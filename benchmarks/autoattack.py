@@ -14,7 +14,6 @@ import dataclasses
 import json
 import logging
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +21,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from measure import command_line
 from networks import train
 from rich.console import Console
 from rich.table import Table
 
 import ntkadv as na
+from ntkadv.scripts import launch, settings_of
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -93,7 +92,7 @@ def main(settings: Settings) -> int:
     result = {
         "command": command_line(),
         "environment": na.runs.environment() | versions(),
-        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("root", "output")},
+        "settings": settings_of(settings),
         "comparisons": rows,
     }
     settings.output.parent.mkdir(parents=True, exist_ok=True)
@@ -233,4 +232,4 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Settings, description=__doc__)))
+    launch(main, Settings, __doc__)

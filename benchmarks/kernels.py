@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from measure import command_line, finished
 from rich.console import Console
 from rich.table import Table
 
 import ntkadv as na
+from ntkadv.scripts import launch, settings_of
 
 RESULTS = Path(__file__).parent / "results"
 Kernel = Callable[[jax.Array, jax.Array], jax.Array]
@@ -75,7 +74,7 @@ def main(settings: Settings) -> int:
     result = {
         "command": command_line(),
         "environment": na.runs.environment(),
-        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("root", "output")},
+        "settings": settings_of(settings),
         "comparisons": rows,
     }
     settings.output.parent.mkdir(parents=True, exist_ok=True)
@@ -153,4 +152,4 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Settings, description=__doc__)))
+    launch(main, Settings, __doc__)

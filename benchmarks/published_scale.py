@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,13 +21,13 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from checks import check_precision, check_spectrum
 from measure import Compilations, command_line
 from rich.console import Console
 from rich.table import Table
 
 import ntkadv as na
+from ntkadv.scripts import launch, settings_of
 
 MODELS = ("NTK, t = inf", "early stopping", "ridge", "Adv-NTK")
 
@@ -130,7 +129,7 @@ def main(settings: Settings) -> int:
     console, environment = Console(), na.runs.environment()
     device = re.sub(r"\W+", "-", environment["device"].lower()).strip("-")
     path = settings.output / f"published_scale-{device}.json"
-    plain = {key: value for key, value in dataclasses.asdict(settings).items() if key not in _NOT_SETTINGS}
+    plain = settings_of(settings, "time_limit", "run")
     sizes = {"n_train": settings.n_train, "n_val": settings.n_val, "n_test": settings.n_test}
     data = na.load_dataset(settings.dataset, **sizes, seed=settings.seed, root=settings.root)
     result: dict[str, Any] = {"benchmark": "published_scale", "command": command_line(), "seed": settings.seed}
@@ -323,7 +322,5 @@ def _add_times(table: Table, name: str, label: str, stage: str, entry: dict[str,
         table.add_row(name, label, stage, *times)
 
 
-_NOT_SETTINGS = ("root", "time_limit", "output", "run")
-
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Settings, description=__doc__)))
+    launch(main, Settings, __doc__)

@@ -21,7 +21,6 @@ import csv
 import dataclasses
 import io
 import json
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +28,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 from robust_models import FAMILIES, Bench, Made, Scale
@@ -37,6 +35,7 @@ from scipy import stats
 
 import ntkadv as na
 from ntkadv.plots.training import accuracy_trade
+from ntkadv.scripts import launch
 
 SCALES = {
     "smoke": Scale(
@@ -88,7 +87,7 @@ class Config:
     """Throw away results that are there."""
 
 
-def main(config: Config) -> dict[str, Any]:
+def main(config: Config) -> None:
     """Train what is missing, judge it, write table and figure."""
     console = Console()
     changes = {
@@ -134,7 +133,6 @@ def main(config: Config) -> dict[str, Any]:
     run.figure(accuracy_trade(points, "AutoAttack", title=title), "clean_against_robust")
     console.print(as_table(rows, title))
     console.print(f"Table (Markdown, CSV, JSON) and figure (PNG, PDF): {output.resolve()}")
-    return report
 
 
 COLUMNS = ("clean", "PGD-20", "AutoAttack", "PGD-20, last")
@@ -245,9 +243,4 @@ def _file(name: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from here.")
-    except (ValueError, OSError, MemoryError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    launch(main, Config)

@@ -24,10 +24,11 @@ from typing import Any, Literal
 
 import numpy as np
 import sides
-import tyro
 from measure import NotRun, command_line, growth_exponent, in_child
 from rich.console import Console
 from rich.table import Table
+
+from ntkadv.scripts import launch, settings_of
 
 RESULTS = Path(__file__).parent / "results"
 SIDES: tuple[Literal["straightforward", "eigh", "krylov"], ...] = ("straightforward", "eigh", "krylov")
@@ -131,7 +132,7 @@ def prepared(settings: Settings, folder: Path) -> tuple[sides.Problem, dict[str,
     made = in_child(sides.prepare, problem, settings.batch_size, limit=1800)
     if isinstance(made, NotRun):
         raise RuntimeError(f"the kernels of {largest} images could not be computed: {made.reason}; ask for fewer")
-    kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("root", "output")}
+    kept = settings_of(settings)
     head = {"benchmark": "speed", "command": command_line(), "seed": settings.seed, "data": made["data"]}
     environment = {**made["environment"], "threads": {name: os.environ.get(name) for name in THREADS}}
     return made["problem"], {**head, "environment": environment, "settings": kept}
@@ -280,4 +281,4 @@ def _seconds(value: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Settings, description=__doc__)))
+    launch(main, Settings, __doc__)

@@ -18,7 +18,6 @@ import functools
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from measure import command_line
 from rich.console import Console
 from rich.table import Table
 
 import ntkadv as na
 from ntkadv.kernels import empirical_ntk
+from ntkadv.scripts import launch, settings_of
 from ntkadv.training import PGDTraining, StandardTraining
 from ntkadv.training import train as train_network
 
@@ -88,7 +87,7 @@ def main(settings: Settings) -> int:
         "command": command_line(),
         "environment": na.runs.environment()
         | {"torch": na.runs.package_version("torch"), "load": os.getloadavg(), "cores": _cores()},
-        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "output"},
+        "settings": settings_of(settings),
         "skipped": {},
         "training": [],
         "ntk": [],
@@ -382,4 +381,4 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Settings, description=__doc__)))
+    launch(main, Settings, __doc__)

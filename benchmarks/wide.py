@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +22,12 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from measure import command_line
 from rich.console import Console
 from rich.table import Table
 
 import ntkadv as na
+from ntkadv.scripts import launch, settings_of
 from ntkadv.training import AttackFlowTraining, DivergenceError, StandardTraining
 from ntkadv.wide import Outputs, WideNetwork, distance
 
@@ -81,16 +80,13 @@ class Settings:
             raise ValueError(f"rate must lie between 0 and 1, got {self.rate}")
 
 
-_NOT_SETTINGS = ("root", "output", "run", "time_limit", "max_bytes", "cases", "widths", "channels", "seeds")
-
-
 def main(settings: Settings) -> int:
     """Train all that there is time for; the exit status."""
     deadline = time.monotonic() + settings.time_limit
     console, environment = Console(), na.runs.environment()
     device = re.sub(r"\W+", "-", environment["device"].lower()).strip("-")
     path = settings.output / f"wide-{device}.json"
-    plain = {key: value for key, value in dataclasses.asdict(settings).items() if key not in _NOT_SETTINGS}
+    plain = settings_of(settings, "run", "time_limit", "max_bytes", "cases", "widths", "channels", "seeds")
     # The same run serves other lists of cases, widths and seeds: networks are named by them.
     run = na.runs.Run(settings.run / device, {**plain, "device": environment["device"]})
     result: dict[str, Any] = {
@@ -224,4 +220,4 @@ def table_of(name: str, record: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Settings, description=__doc__)))
+    launch(main, Settings, __doc__)

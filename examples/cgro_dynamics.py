@@ -17,14 +17,12 @@ A run that was stopped goes on where it was when the same command is given again
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +31,7 @@ from tqdm.auto import tqdm
 import ntkadv as na
 from ntkadv import cgro
 from ntkadv.cgro import figures
+from ntkadv.scripts import launch, settings_of
 
 ACCURACIES = ("train_clean", "train_robust", "test_clean", "test_robust")
 
@@ -103,7 +102,7 @@ def main(config: Config) -> None:
     console = Console()
     scales = cgro.PatchScales()
     theory = cgro.PatchDistribution.scaled(config.d, scales, num_patches=config.patches)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "overwrite")}
+    settings = settings_of(config)
     run = na.runs.Run(config.output, settings, overwrite=config.overwrite)
     title = f"{config.activation}, d = {config.d}, N = {config.n_train}, m = {config.width}"
     single = f"{title}, $\\alpha$ = {theory.alpha:.2f}, |noise| = {theory.noise_norm:.2f}, "
@@ -376,9 +375,4 @@ def table_of(results: dict[str, dict[str, list[float]]]) -> Table:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from here.")
-    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    launch(main, Config)

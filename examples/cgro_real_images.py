@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import sys
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +33,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
@@ -42,7 +40,8 @@ from rich.table import Table
 import ntkadv as na
 from ntkadv import cgro
 from ntkadv.cgro import figures
-from ntkadv.training import CropFlip, DivergenceError, PGDTraining, TrainedNetwork
+from ntkadv.scripts import launch, settings_of
+from ntkadv.training import CropFlip, PGDTraining, TrainedNetwork
 from ntkadv.vision import LeNet, ResNet9, VisionModel
 
 ACCURACIES = ("train_clean", "train_robust", "test_clean", "test_robust")
@@ -152,7 +151,7 @@ class GrowingPGD(PGDTraining):
 def main(config: Config) -> None:
     """Images in, tables and figures out."""
     console = Console()
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_SETTINGS}
+    settings = settings_of(config, "widths", "seeds")
     run = na.runs.Run(config.output, settings, overwrite=config.overwrite)
     cells: dict[tuple[int, int], dict[str, np.ndarray]] = {}
     for seed in config.seeds:
@@ -413,12 +412,5 @@ def described(cell: dict[str, np.ndarray]) -> str:
     return said + (" (a constant)" if share == 1 else "")
 
 
-_NOT_SETTINGS = ("widths", "seeds", "root", "output", "overwrite")
-
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from here.")
-    except (ValueError, OSError, MemoryError, DivergenceError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    launch(main, Config)

@@ -16,7 +16,6 @@ A run that was stopped goes on where it was when the same command is given again
 from __future__ import annotations
 
 import dataclasses
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +33,7 @@ from tqdm.auto import tqdm
 import ntkadv as na
 from ntkadv import cgro
 from ntkadv.cgro import figures
+from ntkadv.scripts import launch, settings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +76,7 @@ def main(config: Config) -> None:
     data = na.load_dataset(
         config.dataset, n_train=config.n_train, n_val=0, n_test=config.n_test, seed=config.seed, root=config.root
     )
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("root", "output", "overwrite")}
+    settings = settings_of(config)
     run = na.runs.Run(config.output, settings, overwrite=config.overwrite)
     gap = float(run.cached("gap", lambda: {"gap": np.array(cgro.class_distance(data.x_train, data.y_train))})["gap"])
     eps = min(config.eps, 0.49 * gap)
@@ -179,14 +178,8 @@ def clean_classifier(config: Config, data: na.Dataset, key: Array, run: na.runs.
         dynamics = na.TrainingDynamics(arch, data.x_train, data.targets_train, gram=gram)
         return dynamics.predictor(np.inf), data.x_train.size + data.targets_train.size
     arch = na.architectures.mlp(depth=config.depth, width=config.width, num_classes=data.num_classes)
-    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: arch.init(key, data.image_shape)))
-    trained = run.cached(
-        "network",
-        lambda: {
-            f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(train(arch, data, config, key)))
-        },
-    )
-    params = jax.tree.unflatten(structure, [jnp.asarray(trained[f"leaf{i}"]) for i in range(len(leaves))])
+    trained = run.cached("network", lambda: na.runs.arrays_of(train(arch, data, config, key)))
+    params = na.runs.tree_of(trained, jax.eval_shape(lambda: arch.init(key, data.image_shape)))
     return eqx.Partial(arch.apply, params), sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -246,9 +239,4 @@ def table_of(rows: dict[str, dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from here.")
-    except (ValueError, OSError, MemoryError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    launch(main, Config)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,6 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
@@ -36,6 +34,7 @@ from tqdm.auto import tqdm
 import ntkadv as na
 from ntkadv.kernels import KernelMovement
 from ntkadv.plots import wide as wide_plots
+from ntkadv.scripts import launch, settings_of
 from ntkadv.training import AttackFlowTraining, StandardTraining
 from ntkadv.wide import Outputs, WideNetwork, WideRun, distance, meeting_time
 
@@ -92,7 +91,7 @@ def main(config: Config) -> None:
     data = na.load_dataset(
         config.dataset, n_train=config.n_train, n_test=config.n_test, label_noise=config.label_noise, root=config.root
     )
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("root", "output", "overwrite")}
+    settings = settings_of(config)
     run = na.runs.Run(config.output, settings, overwrite=config.overwrite)
     title = f"{config.dataset}, n = {config.n_train}, MLP-{config.depth}, ηS = {config.strength:g}"
 
@@ -334,9 +333,4 @@ def table_of(found: Mapping[str, Mapping[int, np.ndarray]], laws: Mapping[str, n
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from here.")
-    except (ValueError, OSError, MemoryError, na.training.DivergenceError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    launch(main, Config)

@@ -20,7 +20,6 @@ Source: Loo, Hasani, Amini & Rus, NeurIPS 2022, arXiv 2210.12030.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 from rich.console import Console
@@ -40,6 +38,7 @@ from rich.table import Table
 import ntkadv as na
 from ntkadv.kernels import KernelMovement, cosine_distance, empirical_ntk, kernel_movement
 from ntkadv.plots import after as after_plots
+from ntkadv.scripts import launch, settings_of
 from ntkadv.training import Linearized, PGDTraining, StandardTraining, linearize, train
 
 KINDS = ("standard", "adversarial")
@@ -299,7 +298,7 @@ class Experiment:
 def main(config: Config) -> None:
     """Images in, figures out."""
     console = Console()
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("root", "output", "overwrite")}
+    settings = settings_of(config)
     run = na.runs.Run(config.output, settings, overwrite=config.overwrite)
     title = f"{config.dataset}, n = {config.n_train}, {config.network.upper()}-{config.depth}, width {config.width}"
     title += f", output scale {config.output_scale:g}, eps = {config.eps:.3g}"
@@ -431,9 +430,4 @@ def answer(signs: Sequence[int | bool]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from here.")
-    except (ValueError, OSError, MemoryError, na.training.DivergenceError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    launch(main, Config)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +31,7 @@ from tqdm.auto import tqdm
 import ntkadv as na
 from ntkadv.features import Eigenfeatures, FeatureRobustness, feature_robustness
 from ntkadv.plots import features as plots
+from ntkadv.scripts import launch, settings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ def main(config: Config) -> None:
         config.dataset, n_train=config.n_train, n_test=config.n_test, seed=config.seed, root=config.root,
         label_noise=config.label_noise,
     )  # fmt: skip
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("root", "output", "overwrite")}
+    settings = settings_of(config)
     run = na.runs.Run(config.output, settings, overwrite=config.overwrite)
     keys = jax.random.split(jax.random.key(config.seed), 4)
     title = f"{config.dataset}, NTK of MLP-{config.depth}, n = {config.n_train}"
@@ -224,9 +223,8 @@ def network(
     else:
         arch = na.architectures.cnn(depth=2, width=config.channels, num_classes=classes)
     arrays = run.cached(name, lambda: train(name, arch, data, config.train_steps, key))
-    structure = jax.tree.structure(jax.eval_shape(lambda: arch.init(key, data.x_train.shape[1:])))
-    leaves = [jnp.asarray(arrays[f"leaf{i}"]) for i in range(structure.num_leaves)]
-    return eqx.Partial(arch.apply, jax.tree.unflatten(structure, leaves)), arrays
+    params = na.runs.tree_of(arrays, jax.eval_shape(lambda: arch.init(key, data.x_train.shape[1:])))
+    return eqx.Partial(arch.apply, params), arrays
 
 
 def train(
@@ -258,8 +256,7 @@ def train(
         params, state = step(params, state, jax.random.fold_in(key, number))
         if number in looks:
             outputs.append(np.asarray(probabilities(params)))
-    leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(params))}
-    return {**leaves, "steps": np.array(looks), "outputs": np.array(outputs)}
+    return {**na.runs.arrays_of(params), "steps": np.array(looks), "outputs": np.array(outputs)}
 
 
 def with_random_signs(
@@ -280,9 +277,4 @@ def gradient_of(function: na.KernelPredictor, image: Array) -> Array:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from here.")
-    except (ValueError, OSError, MemoryError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    launch(main, Config)

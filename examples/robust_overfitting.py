@@ -16,19 +16,18 @@ A run that was stopped goes on where it was when the same command is given again
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import ntkadv as na
+from ntkadv.scripts import launch, settings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +87,7 @@ def one_seed(config: Config, seed: int, console: Console) -> na.Report:
     arch = build(depth=config.depth, num_classes=data.num_classes).normalized(data.x_train)
     threat = na.attacks.Linf(config.eps)
     judge = na.attacks.PGD(threat, steps=config.attack_steps)
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_SETTINGS}
+    settings = settings_of(config, "seeds")
     run = na.runs.Run(config.output / f"seed-{seed}", {**settings, "seed": seed}, overwrite=config.overwrite)
     keys = dict(zip(["val", "test", "fit", "report"], jax.random.split(jax.random.key(seed), 4), strict=True))
     title = (
@@ -189,12 +188,5 @@ def over_seeds(reports: dict[int, na.Report]) -> Table:
     return table
 
 
-_NOT_SETTINGS = ("seeds", "root", "output", "overwrite")
-
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from here.")
-    except (ValueError, OSError, MemoryError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    launch(main, Config)

@@ -14,7 +14,6 @@ A run that was stopped goes on where it was when the same command is given again
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -25,13 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 import ntkadv as na
 from ntkadv.attacks import FGSM, PGD, Linf
 from ntkadv.plots import training as figures
+from ntkadv.scripts import launch, settings_of
 from ntkadv.training import (
     APARTTraining,
     Batch,
@@ -106,7 +105,7 @@ def main(config: Config) -> None:
     unknown = set(config.methods) - set(LABELS)
     if unknown or "pgd" not in config.methods:
         raise ValueError(f"methods must be among {sorted(LABELS)}, pgd with them, got {config.methods}.")
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("root", "output", "overwrite")}
+    settings = settings_of(config)
     run = na.runs.Run(config.output, settings, overwrite=config.overwrite)
     lab = Lab(config, run)
     found: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in config.methods}
@@ -213,8 +212,7 @@ class Lab:
                 checkpoint=self.run.checkpoint(f"{name}-{seed}"), metrics=self.run.path / f"{name}-{seed}.jsonl",
             )  # fmt: skip
             seconds = time.perf_counter() - begun - measured
-            leaves = jax.tree.leaves((done.params, done.statistics))
-            packed = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+            packed = na.runs.arrays_of((done.params, done.statistics))
             return {**packed, **done.history, "steps": done.steps, "seconds": np.asarray(seconds)}
 
         return self.run.cached(f"{name}-{seed}", make)
@@ -223,8 +221,7 @@ class Lab:
 def rebuilt(network: na.vision.VisionModel, cell: Mapping[str, np.ndarray]) -> Any:
     """Put the arrays of a cell into its network."""
     params, statistics, rest = network.split()
-    leaves, structure = jax.tree.flatten((params, statistics))
-    params, statistics = jax.tree.unflatten(structure, [jnp.asarray(cell[f"leaf{i}"]) for i in range(len(leaves))])
+    params, statistics = na.runs.tree_of(cell, (params, statistics))
     return na.vision.combined(params, statistics, rest)
 
 
@@ -329,9 +326,4 @@ def table_of(rows: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from here.")
-    except (ValueError, OSError, MemoryError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    launch(main, Config)

@@ -15,7 +15,6 @@ A run that was stopped goes on where it was when the same command is given again
 from __future__ import annotations
 
 import dataclasses
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jaxtyping import Array
 from rich.console import Console
 from tqdm.auto import tqdm
 
 import ntkadv as na
+from ntkadv.scripts import launch, settings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,7 @@ def main(config: Config) -> None:
         config.dataset, n_train=config.n_train, n_val=config.n_val, n_test=config.n_test, seed=config.seed,
         root=config.root, label_noise=config.label_noise,
     )  # fmt: skip
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("root", "output", "overwrite")}
+    settings = settings_of(config)
     run = na.runs.Run(config.output, settings, overwrite=config.overwrite)
     threat = na.attacks.Linf(config.eps)
     keys = jax.random.split(jax.random.key(config.seed), 4)
@@ -159,15 +158,12 @@ def networks(
     pgd = na.attacks.PGD(threat, steps=7, loss="cross_entropy", keep_best=False)
     found = {}
     for name, attack in (("network", None), ("network, PGD", pgd)):
-        leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: arch.init(key, data.x_train.shape[1:])))
         trained = run.cached(
             name.replace(", ", "-"),
-            lambda attack=attack: {
-                f"leaf{i}": np.asarray(leaf)
-                for i, leaf in enumerate(jax.tree.leaves(train(arch, data, config.train_steps, attack, key)))
-            },
+            lambda attack=attack: na.runs.arrays_of(train(arch, data, config.train_steps, attack, key)),
         )
-        params = jax.tree.unflatten(structure, [jnp.asarray(trained[f"leaf{i}"]) for i in range(len(leaves))])
+        like = jax.eval_shape(lambda: arch.init(key, data.x_train.shape[1:]))
+        params = na.runs.tree_of(trained, like)
         found[name] = eqx.Partial(arch.apply, params)
     return found
 
@@ -203,9 +199,4 @@ def train(
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from here.")
-    except (ValueError, OSError, MemoryError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    launch(main, Config)

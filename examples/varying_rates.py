@@ -19,20 +19,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array
 from rich.console import Console
 from tqdm.auto import tqdm
 
 import ntkadv as na
 from ntkadv.plots import wide as wide_plots
+from ntkadv.scripts import launch, settings_of
 from ntkadv.training import AttackFlowTraining
 from ntkadv.wide import Outputs, WideNetwork, distance
 
@@ -75,7 +74,7 @@ def main(config: Config) -> None:
     """Images in, figure out."""
     console = Console()
     data = na.load_dataset(config.dataset, n_train=config.n_train, n_test=config.n_test, root=config.root)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("root", "output", "overwrite")}
+    settings = settings_of(config)
     run = na.runs.Run(config.output, settings, overwrite=config.overwrite)
     is_late = np.arange(config.n_train) % 2 == 1
     varying = Switch(tuple(is_late.tolist()), config.strength, config.switch, config.sharpness)
@@ -166,9 +165,4 @@ def compare(
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from here.")
-    except (ValueError, OSError, MemoryError, na.training.DivergenceError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    launch(main, Config)

@@ -16,14 +16,12 @@ A run that was stopped goes on where it was when the same command is given again
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
@@ -31,6 +29,7 @@ from tqdm.auto import tqdm
 import ntkadv as na
 from ntkadv.architectures import Erf, Gelu, Relu
 from ntkadv.plots import wide as wide_plots
+from ntkadv.scripts import launch, settings_of
 from ntkadv.training import AttackFlowTraining, DivergenceError, Method, PGDTraining, StandardTraining, attack_flow
 from ntkadv.wide import WideNetwork, distance
 
@@ -127,7 +126,7 @@ def main(config: Config) -> None:
     """Images in, table and figure out."""
     console = Console()
     data = na.load_dataset(config.dataset, n_train=config.n_train, n_test=config.n_test, root=config.root)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("root", "output", "overwrite")}
+    settings = settings_of(config)
     run = na.runs.Run(config.output, settings, overwrite=config.overwrite)
     networks: dict[tuple[int, str], WideNetwork] = {}
     rows: list[dict[str, Any]] = []
@@ -216,9 +215,4 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on from here.")
-    except (ValueError, OSError, MemoryError, DivergenceError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    launch(main, Config)

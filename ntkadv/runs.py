@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -210,6 +211,29 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
     except (ValueError, KeyError) as error:
         warnings.warn(f"the checkpoint {path} is not used: {error}", RuntimeWarning, stacklevel=2)
         return None
+
+
+def arrays_of(tree: Any, name: str = "leaf") -> dict[str, np.ndarray]:
+    """Name the leaves of a pytree by their number, for `Run.save` and `save_checkpoint`; `tree_of` puts them back."""
+    return {f"{name}{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def tree_of(arrays: Mapping[str, AnyArray], like: Any, name: str = "leaf") -> Any:
+    """Put the leaves that `arrays_of` named into a pytree of the structure of `like`, whose own leaves do not matter.
+
+    Raises:
+        ValueError: a leaf is missing, or there is one too many: these are the arrays of another tree.
+    """
+    structure = jax.tree.structure(like)
+    names = [f"{name}{i}" for i in range(structure.num_leaves)]
+    missing = [one for one in names if one not in arrays]
+    if missing or f"{name}{structure.num_leaves}" in arrays:
+        held = sum(re.fullmatch(rf"{re.escape(name)}\d+", one) is not None for one in arrays)
+        raise ValueError(
+            f"arrays must hold the {structure.num_leaves} leaves of this tree as {name}0, {name}1, ..., got {held} of "
+            f"that name; they were written from another tree."
+        )
+    return jax.tree.unflatten(structure, [jnp.asarray(arrays[one]) for one in names])
 
 
 @contextmanager

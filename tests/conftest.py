@@ -63,12 +63,13 @@ def key():
     return jax.random.key(0)
 
 
-@pytest.fixture
-def script(monkeypatch):
+@pytest.fixture(scope="session")
+def script():
     """Give a function that loads an example or a benchmark by its name, as a module."""
-    for folder in ("examples", "benchmarks"):
-        monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / folder))
-    return importlib.import_module
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in ("examples", "benchmarks"):
+            patch.syspath_prepend(str(Path(__file__).resolve().parents[1] / folder))
+        yield importlib.import_module
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,3 @@
-import importlib
 import json
 import os
 import subprocess
@@ -17,45 +16,39 @@ import ntkadv as na
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
-
-
 def call(script, *arguments):
     command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
-def test_growth_exponent_of_a_cube_is_three(load):
+def test_growth_exponent_of_a_cube_is_three(script):
     sizes = [10, 20, 70]
-    assert load("measure").growth_exponent(sizes, [0.3 * n**3 for n in sizes]) == pytest.approx(3)
-    assert load("measure").growth_exponent([10], [1.0]) is None
+    assert script("measure").growth_exponent(sizes, [0.3 * n**3 for n in sizes]) == pytest.approx(3)
+    assert script("measure").growth_exponent([10], [1.0]) is None
 
 
-def test_a_side_that_raises_shows_its_traceback(load):
+def test_a_side_that_raises_shows_its_traceback(script):
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        load("measure").in_child(divmod, 1, 0, limit=60)
+        script("measure").in_child(divmod, 1, 0, limit=60)
 
 
-def test_a_side_that_dies_is_reported_with_its_exit_code(load):
-    assert "exit code 3" in load("measure").in_child(os._exit, 3, limit=60).reason
+def test_a_side_that_dies_is_reported_with_its_exit_code(script):
+    assert "exit code 3" in script("measure").in_child(os._exit, 3, limit=60).reason
 
 
-def test_a_side_that_takes_too_long_is_stopped(load):
-    assert "stopped after 1 s" in load("measure").in_child(time.sleep, 600, limit=1).reason
+def test_a_side_that_takes_too_long_is_stopped(script):
+    assert "stopped after 1 s" in script("measure").in_child(time.sleep, 600, limit=1).reason
 
 
-def test_a_repetition_that_would_pass_the_budget_is_not_begun_but_the_first_always_is(load):
-    result, timing = load("measure").timed(lambda x: x + 1, jnp.ones(3), repeats=5, budget=0)
+def test_a_repetition_that_would_pass_the_budget_is_not_begun_but_the_first_always_is(script):
+    result, timing = script("measure").timed(lambda x: x + 1, jnp.ones(3), repeats=5, budget=0)
     np.testing.assert_array_equal(result, [2, 2, 2])
     assert timing["repeats"] == 1
-    assert load("measure").timed(lambda x: x + 1, jnp.ones(3), repeats=5)[1]["repeats"] == 5
+    assert script("measure").timed(lambda x: x + 1, jnp.ones(3), repeats=5)[1]["repeats"] == 5
 
 
-def test_compilations_are_counted_once_for_each_program_and_only_inside(load):
-    with load("measure").Compilations() as compilations:
+def test_compilations_are_counted_once_for_each_program_and_only_inside(script):
+    with script("measure").Compilations() as compilations:
         double = jax.jit(lambda x: 2 * x)
         x = jnp.ones(5)
         before = compilations.snapshot()
@@ -67,40 +60,40 @@ def test_compilations_are_counted_once_for_each_program_and_only_inside(load):
     assert compilations.since(before).programs == 1
 
 
-def test_the_command_on_record_names_no_folder(load, monkeypatch):
+def test_the_command_on_record_names_no_folder(script, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["/here/speed.py", "--root", "/secret", "--quick", "--output=/hidden", "--seed", "1"]
     )
-    assert load("measure").command_line() == "python benchmarks/speed.py --quick --seed 1"
+    assert script("measure").command_line() == "python benchmarks/speed.py --quick --seed 1"
 
 
 class TestStepComparison:
-    def compare(self, load, monkeypatch, gradients, seconds=1.0, **settings):
-        speed = load("speed")
+    def compare(self, script, monkeypatch, gradients, seconds=1.0, **settings):
+        speed = script("speed")
 
         def answer(function, problem, n, side, *arguments, limit):
-            assert function is load("sides").step
+            assert function is script("sides").step
             return {"compile_s": 0.0, "min_s": seconds, "peak_mib": 1.0, "gradient": np.array(gradients[side])}
 
         monkeypatch.setattr(speed, "in_child", answer)
         problem = types.SimpleNamespace(n_train=1000)
-        return speed.compare_steps(speed.Settings(**settings), problem, load("rich.console").Console(quiet=True))
+        return speed.compare_steps(speed.Settings(**settings), problem, script("rich.console").Console(quiet=True))
 
-    def test_sides_that_differ_do_not_agree(self, load, monkeypatch):
+    def test_sides_that_differ_do_not_agree(self, script, monkeypatch):
         equal = {"straightforward": [1.0, 2.0], "eigh": [1.0, 2.0], "krylov": [1.0, 2.0]}
-        assert self.compare(load, monkeypatch, equal, sizes=(100,))["agree"]
-        assert not self.compare(load, monkeypatch, {**equal, "krylov": [1.0, 2.001]}, sizes=(100,))["agree"]
-        assert not self.compare(load, monkeypatch, {**equal, "eigh": [np.nan, 2.0]}, sizes=(100,))["agree"]
+        assert self.compare(script, monkeypatch, equal, sizes=(100,))["agree"]
+        assert not self.compare(script, monkeypatch, {**equal, "krylov": [1.0, 2.001]}, sizes=(100,))["agree"]
+        assert not self.compare(script, monkeypatch, {**equal, "eigh": [np.nan, 2.0]}, sizes=(100,))["agree"]
 
-    def test_what_would_pass_the_budget_is_not_run(self, load, monkeypatch):
+    def test_what_would_pass_the_budget_is_not_run(self, script, monkeypatch):
         equal = {"straightforward": [1.0], "eigh": [1.0], "krylov": [1.0]}
-        rows = self.compare(load, monkeypatch, equal, sizes=(100, 1000), budget=100.0)["rows"]
+        rows = self.compare(script, monkeypatch, equal, sizes=(100, 1000), budget=100.0)["rows"]
         assert rows[0]["eigh"]["times_faster"] == 1
         assert all("budget" in rows[1][side]["not_run"] for side in equal)
 
 
-def test_the_digits_take_the_place_of_images_that_are_not_to_be_had(load, monkeypatch, tmp_path):
-    sides = load("sides")
+def test_the_digits_take_the_place_of_images_that_are_not_to_be_had(script, monkeypatch, tmp_path):
+    sides = script("sides")
 
     def only_digits(name, **arguments):
         if name != "digits":
@@ -127,8 +120,8 @@ class Coarse:
         return kernel.astype(jnp.bfloat16).astype(kernel.dtype) if kernel.dtype == jnp.float32 else kernel
 
 
-def test_precision_below_float32_is_refused(load):
-    checks = load("checks")
+def test_precision_below_float32_is_refused(script):
+    checks = script("checks")
     arch = na.architectures.mlp(depth=2, num_classes=10)
     x = np.asarray(jax.random.uniform(jax.random.key(0), (40, 4, 4, 1)))
     assert checks.check_precision(arch, x)["kernel_error"] < 1e-5
@@ -136,13 +129,13 @@ def test_precision_below_float32_is_refused(load):
         checks.check_precision(Coarse(arch), x)
 
 
-def test_a_wrong_decomposition_is_refused(load):
+def test_a_wrong_decomposition_is_refused(script):
     gram = np.diag(np.arange(1.0, 21.0))
     right = types.SimpleNamespace(spectrum=(np.arange(1.0, 21.0), np.eye(20), 0.0))
-    assert load("checks").check_spectrum(gram, right)["residual"] < 1e-14
+    assert script("checks").check_spectrum(gram, right)["residual"] < 1e-14
     swapped = types.SimpleNamespace(spectrum=(np.arange(1.0, 21.0), np.eye(20)[::-1], 0.0))
     with pytest.raises(ArithmeticError, match="wrong"):
-        load("checks").check_spectrum(gram, swapped)
+        script("checks").check_spectrum(gram, swapped)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The benchmarks of training and of wide networks, run small."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -16,12 +15,6 @@ import ntkadv as na
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
-
-
 def call(script, *arguments):
     command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
@@ -30,10 +23,10 @@ def call(script, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 @pytest.mark.parametrize("attack_steps", [0, 3])
-def test_pytorch_trains_the_same_network_in_the_same_way(load, kind, attack_steps):
+def test_pytorch_trains_the_same_network_in_the_same_way(script, kind, attack_steps):
     """The other side is the same: loss, attack, gradients, momentum; on all images at once, so that batches agree."""
     pytest.importorskip("torch")
-    bench = load("training")
+    bench = script("training")
     settings = bench.Settings(networks=(f"{kind}-2-8",), image=(6, 6, 2), n_train=12, batch_size=12)
     arch, params = bench.build(f"{kind}-2-8", settings)
     x, labels = bench.images(settings)
@@ -70,14 +63,14 @@ def bench_optimizer():
     return torch.optim.SGD
 
 
-def test_what_is_asked_for_must_have_a_name_of_the_right_form(load):
+def test_what_is_asked_for_must_have_a_name_of_the_right_form(script):
     for settings in ({"networks": ("mlp-3",)}, {"networks": ("vit-3-4",)}, {"kernels": ("cnn-3-32",)}):
         with pytest.raises(ValueError, match="networks are called mlp-DEPTH-WIDTH"):
-            load("training").Settings(**settings)
+            script("training").Settings(**settings)
 
 
-def test_rates_are_medians_of_sides_measured_in_turn(load, monkeypatch):
-    bench = load("training")
+def test_rates_are_medians_of_sides_measured_in_turn(script, monkeypatch):
+    bench = script("training")
     clock, calls = [0.0], []
 
     def side(name, cost):
@@ -148,8 +141,8 @@ def test_a_sweep_over_widths_goes_on_where_time_ended_and_does_nothing_twice(tmp
 
 
 @pytest.mark.slow
-def test_a_network_that_cannot_fit_is_noted_and_the_rest_goes_on(load, tmp_path):
-    wide = load("wide")
+def test_a_network_that_cannot_fit_is_noted_and_the_rest_goes_on(script, tmp_path):
+    wide = script("wide")
     settings = wide.Settings(cases=("mlp-digits",), n_train=8, n_test=6, depth=2, widths=(10**6,), seeds=(0,))
     case = wide.Case(settings, "mlp-digits", na.runs.Run(tmp_path, {}))
     case.network(10**6, 0)
@@ -160,8 +153,8 @@ def test_a_network_that_cannot_fit_is_noted_and_the_rest_goes_on(load, tmp_path)
     assert wide.table_of("mlp-digits", case.record).row_count == 0
 
 
-def test_the_learning_rate_is_a_share_of_what_the_infinite_width_kernel_allows(load, tmp_path):
-    wide = load("wide")
+def test_the_learning_rate_is_a_share_of_what_the_infinite_width_kernel_allows(script, tmp_path):
+    wide = script("wide")
     settings = wide.Settings(cases=("mlp-digits",), n_train=8, n_test=6, depth=1, steps=10, looks=3, strength=0.02)
     case = wide.Case(settings, "mlp-digits", na.runs.Run(tmp_path, {}))
     arch = case.build(64)

@@ -1,39 +1,24 @@
 """Each example runs, small, from data to figures, and goes on where it was stopped."""
 
 import contextlib
-import importlib.util
 import io
 import json
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import ntkadv as na
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
-
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def example(script):
+    return script("robust_overfitting")
 
 
 @pytest.fixture(scope="module")
-def example():
-    return load_example("robust_overfitting")
-
-
-@pytest.fixture(scope="module")
-def strong_attacks():
-    return load_example("strong_attacks")
+def strong_attacks(script):
+    return script("strong_attacks")
 
 
 @pytest.mark.slow

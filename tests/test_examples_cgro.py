@@ -1,26 +1,11 @@
 """The CGRO examples run, small, from data to figures, and go on where they were stopped."""
 
 import contextlib
-import importlib.util
 import io
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-
-
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_main(example, config):
@@ -36,8 +21,8 @@ SMALL = {
 
 
 @pytest.mark.slow
-def test_dynamics_leave_phases_and_accuracies(tmp_path):
-    example = load_example("cgro_dynamics")
+def test_dynamics_leave_phases_and_accuracies(script, tmp_path):
+    example = script("cgro_dynamics")
     printed = run_main(example, example.Config(**SMALL, sweeps=False, kernel=False, output=tmp_path))
     assert "seed 1" in printed
     for figure in ("three_phases", "accuracies"):
@@ -48,8 +33,8 @@ def test_dynamics_leave_phases_and_accuracies(tmp_path):
 
 
 @pytest.mark.slow
-def test_dynamics_leave_diagrams_and_kernels_too(tmp_path):
-    example = load_example("cgro_dynamics")
+def test_dynamics_leave_diagrams_and_kernels_too(script, tmp_path):
+    example = script("cgro_dynamics")
     run_main(example, example.Config(**SMALL, counts=True, output=tmp_path))
     for figure in ("diagram", "counts"):
         assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
@@ -72,8 +57,8 @@ def judged(example, results):
 
 @pytest.mark.slow
 @pytest.mark.loose_promotion  # optax
-def test_representation_leaves_table_and_figures_and_goes_on(tmp_path, monkeypatch):
-    example = load_example("cgro_representation")
+def test_representation_leaves_table_and_figures_and_goes_on(script, tmp_path, monkeypatch):
+    example = script("cgro_representation")
     config = example.Config(
         n_train=40, n_test=12, depth=1, width=8, train_steps=20, steps=2, radii=2, output=tmp_path
     )  # fmt: skip

@@ -2,11 +2,8 @@
 
 import contextlib
 import csv
-import importlib.util
 import io
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +13,10 @@ import pytest
 import ntkadv as na
 from ntkadv.training import Batch
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-
 
 @pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("cgro_real_images", EXAMPLES / "cgro_real_images.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cgro_real_images"] = module
-    spec.loader.exec_module(module)
-    return module
+def example(script):
+    return script("cgro_real_images")
 
 
 def run_main(example, config):

@@ -1,11 +1,8 @@
 """The example of the NTK's features runs, small, from data to figures, and goes on where it was stopped."""
 
 import contextlib
-import importlib.util
 import io
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,18 +10,10 @@ import pytest
 import ntkadv as na
 from ntkadv.features import FeatureRobustness
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "ntk_features.py"
-
 
 @pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[EXAMPLE.stem] = module
-    spec.loader.exec_module(module)
-    return module
+def example(script):
+    return script("ntk_features")
 
 
 @pytest.mark.slow

@@ -1,11 +1,8 @@
 """The example of the kernel after training runs, small, from data to figures, and goes on where it was stopped."""
 
 import contextlib
-import importlib.util
 import io
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +14,10 @@ import ntkadv as na
 from ntkadv.kernels import empirical_ntk
 from ntkadv.training import StandardTraining, linearize
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "kernel_after_training.py"
-
 
 @pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[EXAMPLE.stem] = module
-    spec.loader.exec_module(module)
-    return module
+def example(script):
+    return script("kernel_after_training")
 
 
 @pytest.fixture

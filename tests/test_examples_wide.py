@@ -1,26 +1,11 @@
 """The examples of wide networks run, small, from data to figures, and go on where they were stopped."""
 
 import contextlib
-import importlib.util
 import io
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(module, config):
@@ -34,8 +19,8 @@ def results(folder):
 
 
 @pytest.mark.slow
-def test_degeneration_measures_every_distance_and_goes_on(tmp_path, monkeypatch):
-    example = load("degeneration")
+def test_degeneration_measures_every_distance_and_goes_on(script, tmp_path, monkeypatch):
+    example = script("degeneration")
     config = example.Config(
         n_train=8, n_test=6, depth=1, widths=(8, 32), seeds=(0, 1), time=2.0, long_width=16, long_time=60.0,
         strengths=(0.05, 0.2), strength=0.05, output=tmp_path,
@@ -66,8 +51,8 @@ def test_degeneration_measures_every_distance_and_goes_on(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_rates_that_vary_are_placed_between_flow_and_closed_form(tmp_path):
-    example = load("varying_rates")
+def test_rates_that_vary_are_placed_between_flow_and_closed_form(script, tmp_path):
+    example = script("varying_rates")
     config = example.Config(n_train=6, n_test=4, depth=1, widths=(64,), seeds=(0,), time=3.0, output=tmp_path)
     printed = run(example, config)
     assert (tmp_path / "varying_rates.png").read_bytes().startswith(b"\x89PNG")
@@ -82,8 +67,8 @@ def test_rates_that_vary_are_placed_between_flow_and_closed_form(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_limits_of_the_theory_are_tried_one_by_one(tmp_path):
-    example = load("where_theory_ends")
+def test_the_limits_of_the_theory_are_tried_one_by_one(script, tmp_path):
+    example = script("where_theory_ends")
     config = example.Config(
         n_train=6, n_test=4, width=16, depth=1, strengths=(0.01, 0.1), rates=(0.5, 30.0), depths=(1,), eps=(0.05,),
         time=1.0, output=tmp_path,

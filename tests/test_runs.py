@@ -8,6 +8,7 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ntkadv.runs import Run, environment, load_checkpoint, save_checkpoint
+from ntkadv.runs import Run, arrays_of, environment, load_checkpoint, save_checkpoint, tree_of
 
 
 @dataclass(frozen=True)
@@ -327,3 +328,20 @@ def test_environment_names_versions_and_device():
     assert found["platform"] == jax.devices()[0].platform
     assert found["date"].endswith("+00:00")
     json.dumps(found)
+
+
+def test_the_leaves_of_a_tree_go_into_a_file_and_back(tmp_path):
+    tree = {"w": jnp.arange(3.0), "rest": [np.int32(4), (jnp.ones((2, 2)), None)]}
+    run = Run(tmp_path, {})
+    run.save("tree", **arrays_of(tree), other=np.zeros(2))
+    like = jax.tree.map(jnp.zeros_like, tree)
+    back = tree_of(run.load("tree"), like)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for one, two in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("like", [[0, 0], [0, 0, 0, 0], []])
+def test_arrays_of_another_tree_are_refused(like):
+    with pytest.raises(ValueError, match="another tree"):
+        tree_of(arrays_of([1, 2, 3]), like)

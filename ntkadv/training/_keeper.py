@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from ntkadv.kernels.empirical import Params
-from ntkadv.runs import append_line, load_checkpoint, rewrite_lines, save_checkpoint
+from ntkadv.runs import append_line, arrays_of, load_checkpoint, rewrite_lines, save_checkpoint, tree_of
 from ntkadv.training._identity import identity_of
 from ntkadv.training._steps import Steps
 from ntkadv.training.method import TrainState
@@ -148,8 +146,8 @@ class Keeper:
             arrays, meta = found
             self._require_own(meta.get("identity", {}))
             if meta.get("best") is not None:
-                self.best = Best(*meta["best"], *_unpacked("best", arrays, self.run.current(state)))
-            state, step = _unpacked("leaf", arrays, state), int(meta["step"])
+                self.best = Best(*meta["best"], *tree_of(arrays, self.run.current(state), "best"))
+            state, step = tree_of(arrays, state), int(meta["step"])
             self.steps = [int(number) for number in arrays["steps"]]
             names = [name.removeprefix("history.") for name in arrays if name.startswith("history.")]
             self.rows = [
@@ -266,12 +264,12 @@ class Keeper:
     def _write(self, here: Place) -> None:
         if self.path is None:
             return
-        arrays = _packed("leaf", here.state)
+        arrays = arrays_of(here.state)
         history = {f"history.{name}": values for name, values in self.history.items()}
         meta: dict[str, Any] = {"step": here.step, "identity": self.identity}
         if self.best is not None:
             meta["best"] = [self.best.step, self.best.value]
-            arrays |= _packed("best", self.best[2:])
+            arrays |= arrays_of(self.best[2:], "best")
         save_checkpoint(self.path, {**arrays, **history, "steps": np.asarray(self.steps, int)}, meta)
 
     def _require_own(self, theirs: Mapping[str, Any]) -> None:
@@ -290,12 +288,3 @@ class Keeper:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 400 else f"{text[:400]}..."
-
-
-def _packed(name: str, tree: Any) -> dict[str, np.ndarray]:
-    return {f"{name}{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
-
-
-def _unpacked(name: str, arrays: Mapping[str, np.ndarray], like: Any) -> Any:
-    leaves, structure = jax.tree.flatten(like)
-    return jax.tree.unflatten(structure, [jnp.asarray(arrays[f"{name}{i}"]) for i in range(len(leaves))])
