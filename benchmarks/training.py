@@ -2,10 +2,13 @@
 
     python benchmarks/training.py
     python benchmarks/training.py --parts ntk --repeats 9
+    python benchmarks/training.py --parts methods --methods PGD APART
 
 Training: the same network (NTK parametrisation, the same parameters), the same images, batches of the same size, the
 same attack (PGD with equal steps from the clean image) and the same optimiser (SGD with momentum), until the
-device is done. Both sides begin at the same parameters; their first losses on one batch must agree. Kernels: the full
+device is done. Methods: the same residual network with batch norm, one update written down for PyTorch as usual
+(`torch_methods.py`). Both sides begin at the same parameters; their first losses on one batch must agree. Kernels: the
+full
 n c x n c NTK of the same network at the same parameters; entries must agree. Sides are run in turn, in one process, and
 ratios are of medians. PyTorch is optional, and so is its compiler, which wants a C++ compiler: what is not there is
 skipped, with the reason in the results.
@@ -34,7 +37,7 @@ from rich.table import Table
 import ntkadv as na
 from ntkadv.kernels import empirical_ntk
 from ntkadv.scripts import launch, settings_of
-from ntkadv.training import PGDTraining, StandardTraining
+from ntkadv.training import APARTTraining, FGSMTraining, Method, PGDTraining, StandardTraining, TRADESTraining
 from ntkadv.training import train as train_network
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,7 +47,7 @@ RESULTS = Path(__file__).parent / "results"
 class Settings:
     """What is trained, which kernels are computed, and how often."""
 
-    parts: tuple[Literal["training", "ntk"], ...] = ("training", "ntk")
+    parts: tuple[Literal["training", "methods", "ntk"], ...] = ("training", "methods", "ntk")
     """What is measured."""
     networks: tuple[str, ...] = ("mlp-3-512", "cnn-3-32")
     """Networks to train: kind, depth, width."""
@@ -56,6 +59,10 @@ class Settings:
     """Images in a step."""
     attack_steps: tuple[int, ...] = (0, 7)
     """Steps of PGD; 0 is training without attacks."""
+    methods: tuple[str, ...] = ("standard", "FGSM", "PGD", "TRADES", "APART")
+    """Methods on a residual network with batch norm; PGD and TRADES attack with the most steps of --attack-steps."""
+    residual: tuple[int, ...] = (16, 32, 64)
+    """Channels of the stages of that network, of one block each."""
     seconds: float = 3.0
     """About how long a side is measured at a time."""
     kernels: tuple[str, ...] = ("mlp-3-512-16", "mlp-3-512-64", "cnn-3-32-16", "cnn-3-32-32")
@@ -70,6 +77,9 @@ class Settings:
     """File of the results."""
 
     def __post_init__(self) -> None:
+        unknown = set(self.methods) - set(METHODS)
+        if unknown:
+            raise ValueError(f"methods must be among {list(METHODS)}, got {sorted(unknown)}.")
         for name in (*self.networks, *self.kernels):
             kind, *numbers = name.split("-")
             if kind not in ("mlp", "cnn") or len(numbers) != 2 + (name in self.kernels):
@@ -90,6 +100,7 @@ def main(settings: Settings) -> int:
         "settings": settings_of(settings),
         "skipped": {},
         "training": [],
+        "methods": [],
         "ntk": [],
     }
 
@@ -103,6 +114,11 @@ def main(settings: Settings) -> int:
                 console.print(f"training: {name}, {steps} steps of attack")
                 result["training"].append(training(settings, name, steps, result["skipped"]))
                 save()
+    if "methods" in settings.parts:
+        for name in settings.methods:
+            console.print(f"method: {name}")
+            result["methods"].append(method(settings, name, result["skipped"]))
+            save()
     if "ntk" in settings.parts:
         for name in settings.kernels:
             console.print(f"kernel: {name}")
@@ -111,7 +127,11 @@ def main(settings: Settings) -> int:
     console.print(*tables(result), f"saved to {settings.output}", sep="\n")
     for side, reason in result["skipped"].items():
         console.print(f"not measured: {side}: {reason}")
-    return 0 if all(row["apart"] < 1e-3 for row in (*result["training"], *result["ntk"])) else 1
+    agreeing = (row["apart"] < (1e-2 if row.get("random") else 1e-3) for part in _PARTS for row in result[part])
+    return 0 if all(agreeing) else 1
+
+
+_PARTS = ("training", "methods", "ntk")
 
 
 def _cores() -> int | None:
@@ -161,10 +181,79 @@ def training(settings: Settings, name: str, attack_steps: int, skipped: dict[str
                 ]
                 continue
             sides[side], first[side] = run, loss
+    case = f"{name}, " + (f"PGD-{attack_steps}" if attack_steps else "no attack")
+    return {"case": case, **compared(settings, sides, first)}
+
+
+METHODS: dict[str, Callable[[na.attacks.Linf, int], Method]] = {
+    "standard": lambda threat, steps: StandardTraining(loss="cross_entropy"),
+    "FGSM": lambda threat, steps: FGSMTraining(threat, step=1.0, random_start=False),
+    "PGD": lambda threat, steps: PGDTraining(pgd(steps), loss="cross_entropy"),
+    "TRADES": lambda threat, steps: TRADESTraining(threat, steps=steps),
+    "APART": lambda threat, steps: APARTTraining(threat),
+}
+RANDOM = ("TRADES", "APART")
+
+
+def method(settings: Settings, name: str, skipped: dict[str, str]) -> dict[str, Any]:
+    """Measure steps of one method on a residual network with batch norm: ours, and PyTorch."""
+    attack_steps, size = max(settings.attack_steps), settings.batch_size
+    network = residual(settings)
+    x, labels = images(settings)
+    run = our_method(settings, network, name, x, labels)
+    sides: dict[str, Side] = {"ntkadv": run}
+    first = {"ntkadv": float(our_method(settings, network, name, x[:size], labels[:size])(0, (0,)).history["loss"][0])}
+    try:
+        import torch_methods
+    except ImportError as error:
+        skipped["PyTorch"] = str(error)
+    else:
+        given = {"eps": EPS, "steps": attack_steps, "rate": RATE, "momentum": MOMENTUM, "threads": settings.threads}
+        (loss,) = torch_methods.run(name, network, x[:size], labels[:size], size, **given)(1)
+        sides["PyTorch"], first["PyTorch"] = torch_methods.run(name, network, x, labels, size, **given), loss
+    case = f"{name}-{attack_steps}" if name in ("PGD", "TRADES") else name
+    return {"case": case, "random": name in RANDOM, **compared(settings, sides, first)}
+
+
+def residual(settings: Settings) -> na.vision.PreActResNet:
+    """Make the network of the methods."""
+    widths = settings.residual
+    return na.vision.PreActResNet(
+        stem=widths[0], widths=widths, blocks=(1,) * len(widths), channels_in=settings.image[-1],
+        key=jax.random.key(settings.seed),
+    )  # fmt: skip
+
+
+def our_method(
+    settings: Settings, network: na.vision.VisionModel, name: str, x: np.ndarray, labels: np.ndarray
+) -> Callable[..., Any]:
+    """Training here, as it is called: so many steps, and where losses are recorded."""
+    data, chosen = dataset(x, labels), METHODS[name](na.attacks.Linf(EPS), max(settings.attack_steps))
+    optimizer = optax.sgd(RATE, momentum=MOMENTUM)
+
+    def run(steps: int, record_at: tuple[int, ...] = ()) -> Any:
+        done = train_network(
+            network, data, method=chosen, steps=steps, key=jax.random.key(settings.seed), record_at=record_at,
+            optimizer=optimizer, batch_size=settings.batch_size, progress=False,
+        )  # fmt: skip
+        jax.block_until_ready(done.params)
+        return done
+
+    return run
+
+
+def dataset(x: np.ndarray, labels: np.ndarray) -> na.Dataset:
+    """Give images and labels as a data set."""
+    return na.Dataset.from_arrays(
+        name="random", x_train=x, y_train=labels, x_test=x[:1], y_test=labels[:1], num_classes=10
+    )
+
+
+def compared(settings: Settings, sides: dict[str, Side], first: dict[str, float]) -> dict[str, Any]:
+    """Measure sides in turn, and say how far their first losses are apart."""
     measured = in_turn(sides, settings.repeats, settings.seconds)
     reference = first["ntkadv"]
     return {
-        "case": f"{name}, " + (f"PGD-{attack_steps}" if attack_steps else "no attack"),
         "sides": {side: {"steps_per_s": rate, "all": rates} for side, (rate, rates) in measured.items()},
         "times_faster": {
             side: measured["ntkadv"][0] / rate for side, (rate, _) in measured.items() if side != "ntkadv"
@@ -190,9 +279,7 @@ def first_loss(arch: Any, params: Any, x: np.ndarray, labels: np.ndarray, attack
 
 def ours(settings: Settings, arch: Any, params: Any, x: np.ndarray, labels: np.ndarray, attack_steps: int) -> Side:
     """Training here, as it is called."""
-    data = na.Dataset.from_arrays(
-        name="random", x_train=x, y_train=labels, x_test=x[:1], y_test=labels[:1], num_classes=10
-    )
+    data = dataset(x, labels)
     method = (
         PGDTraining(pgd(attack_steps), loss="cross_entropy") if attack_steps else StandardTraining(loss="cross_entropy")
     )
@@ -367,7 +454,7 @@ def kernel(settings: Settings, name: str) -> dict[str, Any]:
 def tables(result: dict[str, Any]) -> list[Table]:
     """Show rates, and how many times as fast it is here."""
     training = Table("case", "side", "steps / s", "ntkadv is faster", title="training")
-    for row in result["training"]:
+    for row in (*result["training"], *result["methods"]):
         for side, entry in row["sides"].items():
             faster = f"{row['times_faster'][side]:.2f} x" if side in row["times_faster"] else ""
             training.add_row(row["case"], side, f"{entry['steps_per_s']:.2f}", faster)

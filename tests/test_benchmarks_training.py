@@ -57,6 +57,23 @@ def test_pytorch_trains_the_same_network_in_the_same_way(script, kind, attack_st
         assert np.abs(mine - other).max() < 0.02 * change
 
 
+@pytest.mark.slow
+@pytest.mark.loose_promotion  # optax
+@pytest.mark.parametrize("name", ["standard", "FGSM", "PGD", "TRADES", "APART"])
+def test_pytorch_makes_the_same_updates_by_each_method(script, name):
+    """The losses of some updates on all images agree, with batch norm; TRADES and APART begin at random."""
+    pytest.importorskip("torch")
+    bench, theirs = script("training"), script("torch_methods")
+    settings = bench.Settings(image=(8, 8, 3), n_train=16, batch_size=16, residual=(4, 6), attack_steps=(3,))
+    network, (x, labels) = bench.residual(settings), bench.images(settings)
+    ours = bench.our_method(settings, network, name, x, labels)(4, tuple(range(5))).history["loss"]
+    make = theirs.run(
+        name, network, x, labels, 16, eps=bench.EPS, steps=3, rate=bench.RATE, momentum=bench.MOMENTUM, threads=1
+    )
+    np.testing.assert_allclose(ours, make(5), rtol=1e-2 if name in bench.RANDOM else 1e-3)
+    assert np.ptp(ours) > 1e-3
+
+
 def bench_optimizer():
     import torch
 
@@ -92,6 +109,7 @@ def test_training_and_kernels_are_measured_and_agree(tmp_path):
     pytest.importorskip("torch")
     sizes = ["--networks", "mlp-1-8", "cnn-1-4", "--image", 6, 6, 1, "--n-train", 32, "--batch-size", 8]
     rest = ["--kernels", "mlp-1-8-5", "cnn-1-4-5", "--seconds", 0.05, "--repeats", 1, "--attack-steps", 0, 2]
+    rest += ["--residual", 4, "--methods", "FGSM"]
     ended = call("training.py", *sizes, *rest, "--output", tmp_path / "training.json")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     result = json.loads((tmp_path / "training.json").read_text())
@@ -101,7 +119,8 @@ def test_training_and_kernels_are_measured_and_agree(tmp_path):
     for row in result["training"]:
         assert {"ntkadv", "PyTorch"} <= row["sides"].keys()
         assert row["sides"].keys() == row["times_faster"].keys() | {"ntkadv"}
-    assert all(row["apart"] < 1e-3 for row in result["training"] + result["ntk"])
+    assert [row["case"] for row in result["methods"]] == ["FGSM"]
+    assert all(row["apart"] < 1e-3 for row in result["training"] + result["methods"] + result["ntk"])
     assert [len(row["sides"]) + len(row["not_run"]) for row in result["ntk"]] == [4, 4]
     assert result["environment"]["jax"] == jax.__version__
 

@@ -137,8 +137,12 @@ def accuracy_trade(
         for method, (clean, clean_low, clean_high, robust, low, high) in named.items():
             axes.errorbar(
                 clean, robust, yerr=[[max(robust - low, 0)], [max(high - robust, 0)]],
-                xerr=[[max(clean - clean_low, 0)], [max(clean_high - clean, 0)]], fmt=markers[method], color=colour,
-                markersize=6, capsize=2, linewidth=0.9, label=f"{family}, {method}",
+                xerr=[[max(clean - clean_low, 0)], [max(clean_high - clean, 0)]], fmt="none", ecolor=colour, alpha=0.3,
+                linewidth=0.9,
+            )  # fmt: skip
+            axes.plot(
+                clean, robust, linestyle="", marker=markers[method], markersize=7, color=colour,
+                label=f"{family}, {method}",
             )  # fmt: skip
     finish(axes, "clean accuracy", f"accuracy under {column}", title, legend=False)
     legend_beside(axes)
