@@ -119,3 +119,16 @@ def test_gradients_of_filters_are_summed_over_groups_of_images(count, padding, s
     program = jax.make_jaxpr(canonical_convolutions(slope))(kernel, x)
     assert ("scan" in str(program)) == (count > 8)
     assert set(layouts(program)) == {CANONICAL}
+
+
+@pytest.mark.parametrize(("channels", "outputs", "added"), [(3, 24, 1), (5, 32, 1), (3, 16, 0), (1, 32, 0), (4, 32, 0)])
+def test_odd_channels_get_one_more_where_that_is_faster(channels, outputs, added):
+    x = np.random.default_rng(4).normal(size=(2, 6, 5, channels)).astype(np.float32)
+    kernel = np.random.default_rng(5).normal(size=(3, 3, channels, outputs)).astype(np.float32)
+
+    def function(x, kernel):
+        return lax.conv_general_dilated(x, kernel, (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    rewritten = canonical_convolutions(function)
+    np.testing.assert_allclose(rewritten(x, kernel), function(x, kernel), rtol=1e-5, atol=1e-5)
+    assert (f"f32[3,3,{channels + 1},{outputs}]" in str(jax.make_jaxpr(rewritten)(x, kernel))) == bool(added)
