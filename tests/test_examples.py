@@ -70,6 +70,7 @@ def whole(example, tmp_path_factory):
     return output, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_robust_overfitting_leaves_table_figures_and_all_that_was_plotted(whole):
     output, printed = whole
     assert "Adv-NTK" in printed

@@ -12,6 +12,8 @@ import ntkadv as na
 from ntkadv.training import AttackFlowTraining, PGDTraining, StandardTraining
 from ntkadv.wide import WideNetwork, distance, meeting_time
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 CLASSES = 3
 STRENGTH = 0.05
 

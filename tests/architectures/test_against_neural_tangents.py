@@ -23,7 +23,8 @@ from ntkadv.architectures import (
     resnet,
 )
 
-pytestmark = pytest.mark.loose_promotion
+# Minutes of compilation; `make test-slow` and CI run them.
+pytestmark = [pytest.mark.loose_promotion, pytest.mark.slow]
 
 W, B = 1.3, 0.4
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}

@@ -11,6 +11,8 @@ import pytest
 
 from ntkadv.architectures import Conv, Dense, Erf, Flatten, Gelu, Network, Relu, Residual, Serial, cnn, mlp
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 IMAGE = (5, 4, 2)
 W, B = 1.3, 0.3
 

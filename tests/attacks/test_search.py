@@ -9,6 +9,8 @@ from attack_models import IMAGE, images, labels_of, smooth
 from ntkadv.attacks import APGD, FGSM, PGD, AutoAttack, Cost, Linf, TargetedAPGD, search
 from ntkadv.attacks.search import batches
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 MODEL = smooth()
 N = 30
 

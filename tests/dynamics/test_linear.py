@@ -8,6 +8,8 @@ import scipy.linalg
 
 from ntkadv.dynamics import LinearDynamics, attack_rates, closed_form_gap, training_coefficients
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 N, C, M = 5, 3, 4
 TIMES = [0.0, 0.05, 0.7, 3.0]
 

@@ -33,6 +33,8 @@ from ntkadv.training import (
 )
 from ntkadv.training.network import Forward, trainable
 
+pytestmark = pytest.mark.slow  # minutes of compilation; `make test-slow` and CI run them
+
 THREAT = Linf(0.06)
 STEPS = 2
 
